@@ -1,0 +1,5 @@
+//! Being written.
+
+pub mod merge;
+pub mod plan;
+pub mod run;

@@ -1,0 +1,5 @@
+//! Being written.
+
+pub mod executor;
+pub mod files;
+pub mod ring;

@@ -1,0 +1,5 @@
+//! Being written.
+
+pub mod format;
+pub mod replay;
+pub mod writer;

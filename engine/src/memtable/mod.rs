@@ -1,0 +1,4 @@
+//! Being written.
+
+pub mod arena;
+pub mod slots;

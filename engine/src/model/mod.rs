@@ -1,0 +1,14 @@
+//! The nouns that every crate shares: token, record, version, time, limits.
+//!
+//! Nothing here does I/O, reads a clock, or allocates behind the caller's back.
+
+pub mod causality;
+pub mod limits;
+pub mod record;
+pub mod timestamp;
+pub mod token;
+
+pub use causality::{Context, Dot, OriginId, VersionVector};
+pub use record::{Kind, NamespaceId, Record, RecordRef};
+pub use timestamp::{Instant, Timestamp, WallMicros};
+pub use token::{PartitionId, Token, TokenRange};

@@ -1,0 +1,4 @@
+//! Being written.
+
+pub mod disk;
+pub mod executor;

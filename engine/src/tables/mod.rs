@@ -1,0 +1,4 @@
+//! Being written.
+
+pub mod edit;
+pub mod manifest;

@@ -1,0 +1,4 @@
+//! Being written.
+
+pub mod mesh;
+pub mod tcp;

@@ -1,0 +1,11 @@
+//! The annulus server as a library: configuration, the pump of one shard, metrics.
+//!
+//! `tests` uses it to run a shard's production code without sockets.
+
+pub mod admin;
+pub mod config;
+pub mod metrics;
+pub mod namespaces;
+pub mod pump;
+#[cfg(feature = "uring")]
+pub mod serve;

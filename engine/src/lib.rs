@@ -21,7 +21,7 @@ pub mod options;
 pub mod recover;
 pub mod runtime;
 pub mod shard;
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod sstable;
 pub mod tables;

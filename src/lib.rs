@@ -9,3 +9,4 @@ pub mod namespaces;
 pub mod pump;
 #[cfg(feature = "uring")]
 pub mod serve;
+pub mod units;

@@ -43,6 +43,8 @@ pub(super) struct Inode {
     next_sequence: u64,
     /// Pages that take space; a page that was never written or was punched takes none.
     pages: Vec<bool>,
+    /// How many they are.
+    pages_taken: u64,
     /// What each sector held before it was last overwritten.
     former: BTreeMap<usize, Vec<u8>>,
 }
@@ -75,8 +77,7 @@ impl Inode {
 
     /// Bytes of space taken.
     pub(super) fn space(&self) -> u64 {
-        let pages = self.pages.iter().filter(|taken| **taken).count();
-        PAGE * u64::try_from(pages).expect("a count fits 64 bits")
+        PAGE * self.pages_taken
     }
 
     /// The operation that made this change has returned.
@@ -157,15 +158,18 @@ impl Inode {
             }
         }
         let pages = vec![true; page_range(0, bytes.len()).len()];
-        Inode {
+        let mut survivor = Inode {
             id: self.id,
             live: bytes.clone(),
             durable: bytes,
             pending: Vec::new(),
             next_sequence: 0,
             pages,
+            pages_taken: 0,
             former: self.former.clone(),
-        }
+        };
+        survivor.count_pages();
+        survivor
     }
 
     /// Damages the file as it lies on the medium, behind everybody's back.
@@ -173,6 +177,12 @@ impl Inode {
         damage(&mut self.live);
         damage(&mut self.durable);
         self.pages.resize(page_range(0, self.live.len()).len(), true);
+        self.count_pages();
+    }
+
+    fn count_pages(&mut self) {
+        let taken = self.pages.iter().filter(|taken| **taken).count();
+        self.pages_taken = u64::try_from(taken).expect("a count fits 64 bits");
     }
 
     /// What the sector held before it was last overwritten, if it was.
@@ -211,6 +221,7 @@ impl Inode {
                 }
             }
         }
+        self.count_pages();
     }
 }
 

@@ -81,6 +81,7 @@ pub trait Disk: Clone + 'static {
 }
 
 /// One open file.
+#[expect(clippy::len_without_is_empty, reason = "asking the system twice would be no better")]
 pub trait File: Clone + 'static {
     /// Power of two that divides each offset and length given to reads and writes, in bytes.
     fn alignment(&self) -> usize;

@@ -1,1 +1,8 @@
-//! placeholder
+//! The world of the tests: reference models, seeded workloads, mishaps. Nothing depends on it.
+//!
+//! Invariant: whatever a test does follows from a seed, which it prints when it fails. Read
+//! `model.rs` first: it says what right answers are, in the plainest code that can say it.
+
+pub mod faults;
+pub mod model;
+pub mod workload;

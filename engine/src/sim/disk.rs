@@ -245,7 +245,8 @@ impl SimDisk {
 
     /// Puts a file there, or replaces its bytes, durably; missing directories are made.
     pub fn write_file(&self, path: &Path, bytes: &[u8]) {
-        let inode = self.shared.names.borrow().file(path).unwrap_or_else(|| {
+        let found = self.shared.names.borrow().file(path);
+        let inode = found.unwrap_or_else(|| {
             let inode = self.new_inode();
             let mut names = self.shared.names.borrow_mut();
             let mut dirs: Vec<&Path> = path.ancestors().skip(1).collect();

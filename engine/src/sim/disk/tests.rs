@@ -302,3 +302,14 @@ fn a_hung_operation_never_ends_and_a_delayed_one_is_late() {
     assert!(world.executor.runtime().now().nanos_since(start) >= 10_000_000_000);
     assert!(matches!(world.executor.try_run(file.sync()), Err(Stopped::Deadlock)));
 }
+
+#[test]
+fn a_file_put_there_by_hand_is_found_and_durable() {
+    let world = world(1);
+    world.disk.write_file(&path("x/y/file"), b"one");
+    world.disk.write_file(&path("x/y/file"), b"three");
+    assert_eq!(world.executor.run(world.disk.list(&path("x/y"))).unwrap(), ["file"]);
+    let survivor = world.disk.crash(1);
+    assert_eq!(survivor.read_file(&path("x/y/file")).unwrap(), b"three");
+    assert!(survivor.remove_file(&path("x/y/file")) && !survivor.remove_file(&path("x/y/file")));
+}

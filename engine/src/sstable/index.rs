@@ -1,1 +1,370 @@
-//! Being written.
+//! The token index: which one block may hold a key, decided in memory.
+//!
+//! Invariant: [`TokenIndex::locate`] names exactly one block for a key, the only one that can
+//! hold it. A column of first tokens is searched through a radix directory over the table's own
+//! interval: one load, then about one probe in a table that fills its interval evenly, a few in
+//! one that holds scattered arcs of the ring. Not interpolation: with partial ownership it took
+//! 34 probes on average. Where a run of equal tokens crosses from block to block, separators
+//! (shortest keys between the blocks) tell them apart. On the read path after the filter.
+
+use std::mem::size_of;
+use std::ops::Range;
+
+use super::format::{
+    BLOCKS_MAX, BlockHandle, IndexHeader, Invalid, SECTOR, SeparatorEntry, seal_section,
+    verify_section,
+};
+use crate::model::{NamespaceId, Token, TokenRange};
+
+/// A block that begins inside a run of one token, and the key that begins it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Separator {
+    block: u32,
+    namespace: NamespaceId,
+    key: Box<[u8]>,
+}
+
+/// The index of one table, in memory: 16 bytes a block.
+#[derive(Clone, Debug)]
+pub struct TokenIndex {
+    /// First token of each block, ascending; equal ones are a run across blocks.
+    first_tokens: Box<[u64]>,
+    /// First sector of each block, and the sector after the last.
+    sectors: Box<[u32]>,
+    separators: Box<[Separator]>,
+    last_token: Token,
+    directory: Directory,
+}
+
+/// Where in the column each equal slice of the table's interval begins.
+#[derive(Clone, Debug)]
+struct Directory {
+    base: u64,
+    shift: u32,
+    /// Position of the first token at or above each slice's start; one more at the end.
+    starts: Box<[u32]>,
+}
+
+impl Directory {
+    /// About one slice a block.
+    fn new(first_tokens: &[u64]) -> Directory {
+        let base = first_tokens[0];
+        let span = first_tokens[first_tokens.len() - 1] - base;
+        let bits = first_tokens.len().next_power_of_two().ilog2();
+        // Smallest shift that leaves less than 2^bits slices, at least one.
+        let shift = (64 - span.leading_zeros()).saturating_sub(bits).min(63);
+        let slices = usize::try_from(span >> shift).expect("below two per block") + 1;
+        let mut starts = Vec::with_capacity(slices + 1);
+        for (position, &token) in first_tokens.iter().enumerate() {
+            let slice = usize::try_from((token - base) >> shift).expect("below the slices");
+            let position = u32::try_from(position).expect("at most 2^31 blocks");
+            while starts.len() <= slice {
+                starts.push(position);
+            }
+        }
+        starts.push(u32::try_from(first_tokens.len()).expect("at most 2^31 blocks"));
+        Directory { base, shift, starts: starts.into_boxed_slice() }
+    }
+
+    /// Positions among which the first token above `token` lies, the end included.
+    #[inline]
+    fn slice(&self, token: u64) -> Range<usize> {
+        let slice = usize::try_from((token - self.base) >> self.shift).unwrap_or(usize::MAX);
+        let last = self.starts.len() - 1;
+        // A token behind the last block's first lies behind all slices: the last block.
+        let slice = slice.min(last - 1);
+        self.starts[slice] as usize..self.starts[slice + 1] as usize
+    }
+}
+
+impl TokenIndex {
+    /// Positions of the first token above `token`: that is one more than the last block that may
+    /// begin at or before it.
+    #[inline]
+    fn blocks_up_to(&self, token: Token) -> usize {
+        if token.0 < self.first_tokens[0] {
+            return 0;
+        }
+        let slice = self.directory.slice(token.0);
+        slice.start + self.first_tokens[slice].partition_point(|first| *first <= token.0)
+    }
+
+    /// The one block that may hold a key. `None` when the token lies outside the table.
+    #[inline]
+    #[must_use]
+    pub fn locate(&self, token: Token, namespace: NamespaceId, key: &[u8]) -> Option<BlockHandle> {
+        if token > self.last_token {
+            return None;
+        }
+        let last = self.blocks_up_to(token).checked_sub(1)?;
+        if self.separators.is_empty() || self.first_tokens[last] != token.0 {
+            return Some(self.handle(last));
+        }
+        Some(self.handle(self.locate_in_run(last, token, namespace, key)))
+    }
+
+    /// As [`TokenIndex::locate`], where `last` begins with the token itself and the table has
+    /// runs of one token across blocks.
+    #[cold]
+    fn locate_in_run(
+        &self,
+        last: usize,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> usize {
+        let starts_run = |separator: &Separator| self.first_tokens[separator.block as usize];
+        let first = self.separators.partition_point(|separator| starts_run(separator) < token.0);
+        let run = &self.separators[first..];
+        let run = &run[..run.partition_point(|separator| starts_run(separator) == token.0)];
+        let Some(head) = run.first() else { return last };
+        let passed = run.partition_point(|separator| {
+            separator.namespace.cmp(&namespace).then_with(|| separator.key[..].cmp(key)).is_le()
+        });
+        // Before the first separator: the block in which the run begins.
+        match passed.checked_sub(1) {
+            Some(passed) => run[passed].block as usize,
+            None => head.block as usize - 1,
+        }
+    }
+
+    /// Number of blocks.
+    #[must_use]
+    pub fn block_count(&self) -> usize {
+        self.first_tokens.len()
+    }
+
+    /// The block at a position.
+    #[inline]
+    #[must_use]
+    pub fn handle(&self, block: usize) -> BlockHandle {
+        let (start, end) = (self.sectors[block], self.sectors[block + 1]);
+        BlockHandle {
+            offset: u64::from(start) * SECTOR as u64,
+            len: (end - start) * u32::try_from(SECTOR).expect("512"),
+        }
+    }
+
+    /// The block that begins at this offset, if one does.
+    #[must_use]
+    pub fn handle_at(&self, offset: u64) -> Option<BlockHandle> {
+        let sector = u32::try_from(offset / SECTOR as u64).ok()?;
+        let block = self.sectors[..self.block_count()].binary_search(&sector).ok()?;
+        Some(self.handle(block)).filter(|handle| handle.offset == offset)
+    }
+
+    /// Positions of the blocks that may hold a token of the range.
+    #[must_use]
+    pub fn touching(&self, range: TokenRange) -> Range<usize> {
+        if range.first > self.last_token || range.last.0 < self.first_tokens[0] {
+            return 0..0;
+        }
+        // The block before the first one that begins at or above the range may reach into it.
+        let start = self.first_tokens.partition_point(|first| *first < range.first.0);
+        start.saturating_sub(1)..self.blocks_up_to(range.last)
+    }
+
+    /// Positions of the blocks all of whose tokens are known to lie in the range.
+    #[must_use]
+    pub fn inside(&self, range: TokenRange) -> Range<usize> {
+        let start = self.first_tokens.partition_point(|first| *first < range.first.0);
+        let end = if self.last_token <= range.last {
+            self.block_count()
+        } else {
+            // A block reaches at most to the first token of the next.
+            self.blocks_up_to(range.last).saturating_sub(1)
+        };
+        start..end.max(start)
+    }
+
+    /// Bytes of the file that these blocks take.
+    #[must_use]
+    pub fn bytes(&self, blocks: Range<usize>) -> Range<u64> {
+        let sector = |block: usize| u64::from(self.sectors[block]) * SECTOR as u64;
+        sector(blocks.start)..sector(blocks.end)
+    }
+
+    /// First token of a block.
+    #[must_use]
+    pub fn first_token(&self, block: usize) -> Token {
+        Token(self.first_tokens[block])
+    }
+
+    /// Last token of the table.
+    #[must_use]
+    pub fn last_token(&self) -> Token {
+        self.last_token
+    }
+
+    /// Bytes of memory.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let separators: usize =
+            self.separators.iter().map(|entry| entry.key.len() + size_of::<Separator>()).sum();
+        self.first_tokens.len() * 8
+            + self.sectors.len() * 4
+            + self.directory.starts.len() * 4
+            + separators
+    }
+
+    /// Decodes an index section at `offset` of a table with `data_len` bytes of blocks.
+    ///
+    /// # Errors
+    /// The first rule broken.
+    pub fn decode(
+        section: &[u8],
+        salt: u64,
+        offset: u64,
+        data_len: u64,
+    ) -> Result<TokenIndex, Invalid> {
+        verify_section(section, salt, offset)?;
+        let mut rest = section;
+        let header: IndexHeader =
+            bytemuck::pod_read_unaligned(take(&mut rest, size_of::<IndexHeader>())?);
+        let count = header.block_count as usize;
+        if count == 0 || count > BLOCKS_MAX || header.reserved != [0; 8] {
+            return Err("the index's header is out of range");
+        }
+        let first_tokens: Box<[u64]> =
+            take(&mut rest, count * 8)?.chunks_exact(8).map(bytemuck::pod_read_unaligned).collect();
+        let sectors: Box<[u32]> = take(&mut rest, (count + 1) * 4)?
+            .chunks_exact(4)
+            .map(bytemuck::pod_read_unaligned)
+            .collect();
+        let entries =
+            take(&mut rest, header.separator_count as usize * size_of::<SeparatorEntry>())?;
+        let keys = take(&mut rest, header.separator_bytes as usize)?;
+        let separators = decode_separators(entries, keys, count)?;
+        let index = TokenIndex {
+            directory: Directory::new(if first_tokens.is_sorted() {
+                &first_tokens
+            } else {
+                return Err("the index's tokens are out of order");
+            }),
+            first_tokens,
+            sectors,
+            separators,
+            last_token: Token(header.last_token),
+        };
+        index.check(data_len)?;
+        Ok(index)
+    }
+
+    fn check(&self, data_len: u64) -> Result<(), Invalid> {
+        let end = u64::from(self.sectors[self.block_count()]) * SECTOR as u64;
+        if self.sectors[0] != 0 || end != data_len {
+            return Err("the index does not cover the blocks");
+        }
+        let limit = (super::format::RAW_LEN_MAX / SECTOR) as u64 + 2;
+        if !self
+            .sectors
+            .windows(2)
+            .all(|pair| pair[0] < pair[1] && u64::from(pair[1] - pair[0]) < limit)
+        {
+            return Err("the index's blocks are out of order or too long");
+        }
+        if self.last_token.0 < self.first_tokens[self.block_count() - 1] {
+            return Err("the index's last token is before its last block");
+        }
+        Ok(())
+    }
+}
+
+fn take<'a>(bytes: &mut &'a [u8], len: usize) -> Result<&'a [u8], Invalid> {
+    let (taken, rest) = bytes.split_at_checked(len).ok_or("the index is shorter than declared")?;
+    *bytes = rest;
+    Ok(taken)
+}
+
+fn decode_separators(
+    entries: &[u8],
+    keys: &[u8],
+    block_count: usize,
+) -> Result<Box<[Separator]>, Invalid> {
+    let mut start = 0;
+    let mut separators: Vec<Separator> = Vec::new();
+    for entry in entries.chunks_exact(size_of::<SeparatorEntry>()) {
+        let entry: SeparatorEntry = bytemuck::pod_read_unaligned(entry);
+        let end = entry.key_end as usize;
+        let key = keys.get(start..end).ok_or("a separator's key lies outside the index")?;
+        let above = separators.last().map_or(0, |before| before.block);
+        if entry.block <= above || entry.block as usize >= block_count {
+            return Err("the separators are out of order");
+        }
+        let namespace = NamespaceId(entry.namespace);
+        separators.push(Separator { block: entry.block, namespace, key: key.into() });
+        start = end;
+    }
+    Ok(separators.into_boxed_slice())
+}
+
+/// Gathers the index while a table is written.
+#[derive(Debug, Default)]
+pub(crate) struct IndexBuilder {
+    first_tokens: Vec<u64>,
+    sectors: Vec<u32>,
+    separators: Vec<SeparatorEntry>,
+    separator_keys: Vec<u8>,
+}
+
+impl IndexBuilder {
+    pub(crate) fn block_count(&self) -> usize {
+        self.first_tokens.len()
+    }
+
+    /// Adds the next block, which begins at `sector`.
+    pub(crate) fn push(&mut self, first_token: Token, sector: u32) {
+        self.first_tokens.push(first_token.0);
+        self.sectors.push(sector);
+    }
+
+    /// Says that the block that will be pushed next begins with the token that the block before
+    /// ends with: `before` and `first` are the keys on either side, `before` the smaller.
+    pub(crate) fn separate(&mut self, before: (NamespaceId, &[u8]), first: (NamespaceId, &[u8])) {
+        // The shortest key that is above `before` and not above `first`.
+        let len = if before.0 == first.0 {
+            let common = before.1.iter().zip(first.1).take_while(|(a, b)| a == b).count();
+            common + 1
+        } else {
+            0
+        };
+        self.separator_keys.extend_from_slice(&first.1[..len]);
+        self.separators.push(SeparatorEntry {
+            block: u32::try_from(self.block_count()).expect("at most 2^31 blocks"),
+            namespace: first.0.0,
+            key_end: u32::try_from(self.separator_keys.len()).expect("checked by the writer"),
+        });
+    }
+
+    /// Bytes of the separators' keys so far.
+    pub(crate) fn separator_bytes(&self) -> usize {
+        self.separator_keys.len()
+    }
+
+    /// The section as it is written at `offset`; the blocks end before `end_sector`.
+    pub(crate) fn encode(
+        &self,
+        end_sector: u32,
+        last_token: Token,
+        salt: u64,
+        offset: u64,
+    ) -> Vec<u8> {
+        let count = |len: usize| u32::try_from(len).expect("checked by the writer");
+        let header = IndexHeader {
+            checksum: 0,
+            block_count: count(self.first_tokens.len()),
+            separator_count: count(self.separators.len()),
+            separator_bytes: count(self.separator_keys.len()),
+            last_token: last_token.0,
+            reserved: [0; 8],
+        };
+        let mut section = bytemuck::bytes_of(&header).to_vec();
+        section.extend_from_slice(bytemuck::cast_slice(&self.first_tokens));
+        section.extend_from_slice(bytemuck::cast_slice(&self.sectors));
+        section.extend_from_slice(&end_sector.to_le_bytes());
+        section.extend_from_slice(bytemuck::cast_slice(&self.separators));
+        section.extend_from_slice(&self.separator_keys);
+        seal_section(&mut section, salt, offset);
+        section
+    }
+}

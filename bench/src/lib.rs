@@ -1,1 +1,10 @@
-//! placeholder
+//! Load generation and measuring: `annulus-bench`, and what the micro benches share.
+
+pub mod keys;
+pub mod load;
+pub mod page;
+pub mod report;
+pub mod resp;
+pub mod target;
+pub mod usage;
+pub mod verify;

@@ -15,8 +15,8 @@ use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 
 use super::fault::{Fault, Op, OpRecord, Rule};
-use super::medium::{Change, Entry, Inode, InodeRef, Names, SECTOR, is_parent, tear};
-use super::{Chance, SimRuntime};
+use super::medium::{Entry, Inode, InodeRef, Names, SECTOR, is_parent};
+use super::{Chance, SimFile, SimRuntime};
 use crate::buffer::AlignedBuf;
 use crate::disk::{Disk, File, OpenMode, Space, WriteMode};
 use crate::error::{Error, Result};
@@ -24,8 +24,8 @@ use crate::runtime::{Class, Runtime};
 
 /// Operations that [`SimDisk::op_log`] remembers.
 const LOG_MAX: usize = 8192;
-const EIO: i32 = 5;
-const ENOSPC: i32 = 28;
+pub(super) const EIO: i32 = 5;
+pub(super) const ENOSPC: i32 = 28;
 
 /// What a simulated disk is like.
 #[derive(Clone, Copy, Debug)]
@@ -54,35 +54,30 @@ impl SimDiskOptions {
     }
 }
 
-struct Shared {
-    runtime: SimRuntime,
-    options: SimDiskOptions,
-    capacity: Cell<u64>,
-    chance: RefCell<Chance>,
-    names: RefCell<Names>,
+pub(super) struct Shared {
+    pub(super) runtime: SimRuntime,
+    pub(super) options: SimDiskOptions,
+    pub(super) capacity: Cell<u64>,
+    pub(super) chance: RefCell<Chance>,
+    pub(super) names: RefCell<Names>,
     /// Every file that a name or an open handle still holds.
-    inodes: RefCell<Vec<Weak<RefCell<Inode>>>>,
-    next_inode: Cell<u64>,
-    locks: RefCell<BTreeSet<PathBuf>>,
-    rules: RefCell<Vec<Rule>>,
-    log: RefCell<VecDeque<OpRecord>>,
-    op_count: Cell<u64>,
-    dead: Cell<bool>,
+    pub(super) inodes: RefCell<Vec<Weak<RefCell<Inode>>>>,
+    pub(super) next_inode: Cell<u64>,
+    pub(super) locks: RefCell<BTreeSet<PathBuf>>,
+    pub(super) rules: RefCell<Vec<Rule>>,
+    pub(super) log: RefCell<VecDeque<OpRecord>>,
+    pub(super) op_count: Cell<u64>,
+    pub(super) observer: RefCell<Option<Observer>>,
+    pub(super) dead: Cell<bool>,
 }
+
+/// Called at each moment between two changes of the disk.
+pub(super) type Observer = Box<dyn FnMut(&SimDisk)>;
 
 /// The simulated `Disk`. Clones share it.
 #[derive(Clone)]
 pub struct SimDisk {
-    shared: Rc<Shared>,
-}
-
-/// An open file of a [`SimDisk`].
-#[derive(Clone)]
-pub struct SimFile {
-    disk: SimDisk,
-    inode: InodeRef,
-    path: Rc<PathBuf>,
-    writable: bool,
+    pub(super) shared: Rc<Shared>,
 }
 
 /// Held while a directory of a [`SimDisk`] is locked.
@@ -99,7 +94,7 @@ impl Drop for SimLock {
 
 /// What an operation may do: how far, and with which fault.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+pub(super) enum Verdict {
     Go(Option<Fault>),
     Fail(i32),
     /// Take effect, then lose power.
@@ -107,7 +102,7 @@ enum Verdict {
     Cut,
 }
 
-/// The tests' side: faults, damage, crash, and looking at what lies there.
+/// The machinery of operations.
 impl SimDisk {
     /// An empty disk.
     #[must_use]
@@ -116,7 +111,7 @@ impl SimDisk {
         SimDisk::with_names(runtime, options, Names::default(), 0)
     }
 
-    fn with_names(
+    pub(super) fn with_names(
         runtime: &SimRuntime,
         options: SimDiskOptions,
         names: Names,
@@ -143,180 +138,22 @@ impl SimDisk {
                 rules: RefCell::default(),
                 log: RefCell::default(),
                 op_count: Cell::new(0),
+                observer: RefCell::default(),
                 dead: Cell::new(false),
             }),
         }
     }
 
-    /// The disk that is found after a power cut now, without faults or locks. This one, and each
-    /// of its files, is dead: every operation fails. May be called again with other seeds.
-    #[must_use]
-    pub fn crash(&self, seed: u64) -> SimDisk {
-        self.crash_onto(&self.shared.runtime, seed)
-    }
-
-    /// [`SimDisk::crash`], with the surviving disk running on another executor.
-    #[must_use]
-    pub fn crash_onto(&self, runtime: &SimRuntime, seed: u64) -> SimDisk {
-        self.shared.dead.set(true);
-        let mut chance = Chance::new(seed);
-        let names = self.shared.names.borrow().survivor(&mut chance);
-        let options = SimDiskOptions { seed: chance.next_u64(), ..self.shared.options };
-        let survivor = SimDisk::with_names(runtime, options, names, self.shared.next_inode.get());
-        survivor.set_capacity(self.shared.capacity.get());
-        survivor
-    }
-
-    /// A copy of the disk as seen now, all of it durable: what a kill of the process leaves.
-    /// This one is not harmed.
-    #[must_use]
-    pub fn fork_onto(&self, runtime: &SimRuntime) -> SimDisk {
-        let names = self.shared.names.borrow().copy();
-        SimDisk::with_names(runtime, self.shared.options, names, self.shared.next_inode.get())
-    }
-
-    /// Adds a fault to come. The first rule that strikes decides.
-    pub fn inject(&self, rule: Rule) {
-        self.shared.rules.borrow_mut().push(rule);
-    }
-
-    /// Forgets all faults to come.
-    pub fn clear_faults(&self) {
-        self.shared.rules.borrow_mut().clear();
-    }
-
-    /// Cuts the power during operation `number` (as in [`SimDisk::op_count`]) and halts the
-    /// executor; by chance the operation takes effect or not, but it never answers.
-    pub fn cut_power_at(&self, number: u64) {
-        let ahead = number.saturating_sub(self.op_count());
-        assert!(ahead > 0, "operation {number} is in the past");
-        self.inject(Rule::nth_of_any(ahead, Fault::PowerCut));
-    }
-
-    /// Whether the power has been cut or [`SimDisk::crash`] called.
-    #[must_use]
-    pub fn is_dead(&self) -> bool {
-        self.shared.dead.get()
-    }
-
-    /// Operations submitted so far.
-    #[must_use]
-    pub fn op_count(&self) -> u64 {
-        self.shared.op_count.get()
-    }
-
-    /// The latest operations, oldest first, at most 8192.
-    #[must_use]
-    pub fn op_log(&self) -> Vec<OpRecord> {
-        self.shared.log.borrow().iter().cloned().collect()
-    }
-
-    /// Makes the file system larger or smaller; what is written stays.
-    pub fn set_capacity(&self, bytes: u64) {
-        self.shared.capacity.set(bytes);
-    }
-
-    /// Space that files take, in bytes; pages never written or punched take none.
-    #[must_use]
-    pub fn used(&self) -> u64 {
-        let mut inodes = self.shared.inodes.borrow_mut();
-        inodes.retain(|inode| inode.strong_count() > 0);
-        inodes.iter().filter_map(Weak::upgrade).map(|inode| inode.borrow().space()).sum()
-    }
-
-    /// All files by path, with their lengths.
-    #[must_use]
-    pub fn files(&self) -> Vec<(PathBuf, u64)> {
-        let names = self.shared.names.borrow();
-        let files = names.live.iter().filter_map(|(path, entry)| match entry {
-            Entry::File(inode) => Some((path.clone(), to_u64(inode.borrow().live.len()))),
-            Entry::Directory => None,
-        });
-        files.collect()
-    }
-
-    /// A file's bytes as a reader would see them now.
-    #[must_use]
-    pub fn read_file(&self, path: &Path) -> Option<Vec<u8>> {
-        let inode = self.shared.names.borrow().file(path)?;
-        let bytes = inode.borrow().live.clone();
-        Some(bytes)
-    }
-
-    /// Puts a file there, or replaces its bytes, durably; missing directories are made.
-    pub fn write_file(&self, path: &Path, bytes: &[u8]) {
-        let found = self.shared.names.borrow().file(path);
-        let inode = found.unwrap_or_else(|| {
-            let inode = self.new_inode();
-            let mut names = self.shared.names.borrow_mut();
-            let mut dirs: Vec<&Path> = path.ancestors().skip(1).collect();
-            dirs.retain(|dir| !names.is_dir(dir));
-            for dir in dirs.into_iter().rev() {
-                names.put_durably(dir, Entry::Directory);
-            }
-            names.put_durably(path, Entry::File(inode.clone()));
-            inode
-        });
-        inode.borrow_mut().damage(|held| {
-            held.clear();
-            held.extend_from_slice(bytes);
-        });
-    }
-
-    /// Takes a file away, durably. False when there is none.
-    pub fn remove_file(&self, path: &Path) -> bool {
-        self.shared.names.borrow_mut().remove_durably(path)
-    }
-
-    /// Turns one bit of the file over, counted from its start.
-    pub fn flip_bit(&self, path: &Path, bit: u64) {
-        let (byte, mask) = (to_usize(bit / 8), 1u8 << (bit % 8));
-        self.damage(path, |bytes| bytes[byte] ^= mask);
-    }
-
-    /// Replaces bytes of the file where they lie; it does not grow.
-    pub fn overwrite(&self, path: &Path, offset: u64, new: &[u8]) {
-        let start = to_usize(offset);
-        self.damage(path, |bytes| bytes[start..start + new.len()].copy_from_slice(new));
-    }
-
-    /// Cuts the file, or extends it with zeros.
-    pub fn truncate(&self, path: &Path, len: u64) {
-        self.damage(path, |bytes| bytes.resize(to_usize(len), 0));
-    }
-
-    /// Puts the bytes of one place of a file at another place of the same length, of the same or
-    /// another file: a write that went astray.
-    pub fn misdirect(&self, from: &Path, from_offset: u64, to: &Path, to_offset: u64, len: u64) {
-        let source = self.read_file(from).expect("the source exists");
-        let start = to_usize(from_offset);
-        self.overwrite(to, to_offset, &source[start..start + to_usize(len)]);
-    }
-
-    /// Puts back what a sector of 512 bytes held before it was last overwritten. False when it
-    /// never held anything else.
-    pub fn revert_sector(&self, path: &Path, sector: u64) -> bool {
-        let inode = self.inode(path);
-        let former = inode.borrow().former(to_usize(sector)).map(<[u8]>::to_vec);
-        let Some(former) = former else { return false };
-        let start = to_usize(sector) * SECTOR;
-        if start + former.len() > inode.borrow().live.len() {
-            return false;
+    pub(super) fn call_observer(&self) {
+        // Taken out meanwhile, so that it may look at the disk in any way.
+        let observer = self.shared.observer.borrow_mut().take();
+        if let Some(mut observer) = observer {
+            observer(self);
+            self.shared.observer.borrow_mut().get_or_insert(observer);
         }
-        self.overwrite(path, to_u64(start), &former);
-        true
     }
 
-    fn damage(&self, path: &Path, damage: impl Fn(&mut Vec<u8>)) {
-        self.inode(path).borrow_mut().damage(damage);
-    }
-
-    fn inode(&self, path: &Path) -> InodeRef {
-        let inode = self.shared.names.borrow().file(path);
-        inode.unwrap_or_else(|| panic!("the simulated disk has no file {}", path.display()))
-    }
-
-    fn new_inode(&self) -> InodeRef {
+    pub(super) fn new_inode(&self) -> InodeRef {
         let id = self.shared.next_inode.get();
         self.shared.next_inode.set(id + 1);
         let inode = Rc::new(RefCell::new(Inode::new(id)));
@@ -325,7 +162,7 @@ impl SimDisk {
     }
 
     /// Numbers and records an operation, lets its first half of time pass, and says its fate.
-    async fn begin(&self, op: Op, path: &Path, offset: u64, len: usize) -> Verdict {
+    pub(super) async fn begin(&self, op: Op, path: &Path, offset: u64, len: usize) -> Verdict {
         let shared = &self.shared;
         shared.op_count.set(shared.op_count.get() + 1);
         let fault = shared.rules.borrow_mut().iter_mut().fold(None, |fault, rule| {
@@ -348,6 +185,9 @@ impl SimDisk {
         if shared.dead.get() {
             return Verdict::Fail(EIO);
         }
+        if op.changes() {
+            self.call_observer();
+        }
         match fault {
             Some(Fault::Eio) => Verdict::Fail(EIO),
             Some(Fault::NoSpace) => Verdict::Fail(ENOSPC),
@@ -358,7 +198,10 @@ impl SimDisk {
     }
 
     /// Lets the second half of an operation's time pass, between its effect and its answer.
-    async fn end(&self, verdict: Verdict) -> bool {
+    pub(super) async fn end(&self, op: Op, verdict: Verdict) -> bool {
+        if op.changes() {
+            self.call_observer();
+        }
         if verdict == Verdict::EffectThenCut {
             self.cut().await;
         }
@@ -366,7 +209,7 @@ impl SimDisk {
         !self.shared.dead.get()
     }
 
-    async fn cut(&self) {
+    pub(super) async fn cut(&self) {
         self.shared.dead.set(true);
         self.shared.runtime.halt();
         std::future::pending::<()>().await;
@@ -381,7 +224,7 @@ impl SimDisk {
         }
     }
 
-    fn toss(&self) -> bool {
+    pub(super) fn toss(&self) -> bool {
         self.shared.chance.borrow_mut().one_in(2)
     }
 
@@ -401,11 +244,11 @@ impl SimDisk {
             }
             Verdict::Go(_) | Verdict::EffectThenCut => effect(&self.shared),
         };
-        if self.end(verdict).await { answer } else { Err(failure(op, path, EIO)) }
+        if self.end(op, verdict).await { answer } else { Err(failure(op, path, EIO)) }
     }
 
     /// Runs an operation to its end as a task, whatever becomes of the future that waits for it.
-    fn detach<T: 'static>(
+    pub(super) fn detach<T: 'static>(
         &self,
         operation: impl Future<Output = T> + 'static,
     ) -> impl Future<Output = T> + 'static {
@@ -439,7 +282,7 @@ impl SimDisk {
         })
     }
 
-    fn named<T: 'static>(
+    pub(super) fn named<T: 'static>(
         &self,
         op: Op,
         path: &Path,
@@ -594,183 +437,7 @@ impl Disk for SimDisk {
     }
 }
 
-impl SimFile {
-    fn check_aligned(&self, offset: u64, len: usize) {
-        let alignment = self.alignment();
-        assert!(
-            offset.is_multiple_of(to_u64(alignment)) && len.is_multiple_of(alignment),
-            "{}: offset {offset} and length {len} must be multiples of {alignment}",
-            self.path.display()
-        );
-    }
-
-    async fn read(self, offset: u64, len: usize) -> Result<AlignedBuf> {
-        let disk = &self.disk;
-        let verdict = disk.begin(Op::Read, &self.path, offset, len).await;
-        let fault = match verdict {
-            Verdict::Fail(errno) => return Err(self.failure(Op::Read, errno)),
-            Verdict::Cut | Verdict::EffectThenCut => {
-                disk.cut().await;
-                return Err(self.failure(Op::Read, EIO));
-            }
-            Verdict::Go(fault) => fault,
-        };
-        let buf = {
-            let inode = self.inode.borrow();
-            let offset = match fault {
-                Some(Fault::Misdirect(by)) => offset.saturating_add_signed(by),
-                _ => offset,
-            };
-            let start = to_usize(offset).min(inode.live.len());
-            let end = start.saturating_add(len).min(inode.live.len());
-            let mut buf = AlignedBuf::with_capacity(end - start);
-            buf.extend_from_slice(&inode.live[start..end]);
-            if fault == Some(Fault::FlipBit) && !buf.is_empty() {
-                let bit = disk.shared.chance.borrow_mut().index(buf.len() * 8);
-                buf[bit / 8] ^= 1 << (bit % 8);
-            }
-            buf
-        };
-        if disk.end(verdict).await { Ok(buf) } else { Err(self.failure(Op::Read, EIO)) }
-    }
-
-    async fn write(
-        self,
-        offset: u64,
-        buf: AlignedBuf,
-        mode: WriteMode,
-    ) -> (AlignedBuf, Result<()>) {
-        let disk = &self.disk;
-        let mut verdict = disk.begin(Op::Write, &self.path, offset, buf.len()).await;
-        let start = to_usize(offset);
-        let full =
-            disk.used() + self.inode.borrow().growth(start, buf.len()) > disk.shared.capacity.get();
-        if full && matches!(verdict, Verdict::Go(_) | Verdict::EffectThenCut) {
-            verdict = Verdict::Fail(ENOSPC);
-        }
-        match verdict {
-            Verdict::Fail(errno) => {
-                // What the caller cannot know: some of it may be there, and may survive.
-                if !disk.is_dead() && !full && disk.toss() {
-                    let parts = tear(start, &buf, &mut disk.shared.chance.borrow_mut());
-                    let mut inode = self.inode.borrow_mut();
-                    for part in parts {
-                        inode.change(part);
-                    }
-                }
-                return (buf, Err(self.failure(Op::Write, errno)));
-            }
-            Verdict::Cut => {
-                disk.cut().await;
-                return (buf, Err(self.failure(Op::Write, EIO)));
-            }
-            Verdict::Go(_) | Verdict::EffectThenCut => {}
-        }
-        let sequence =
-            self.inode.borrow_mut().change(Change::Write { offset: start, bytes: buf.to_vec() });
-        if !disk.end(verdict).await {
-            return (buf, Err(self.failure(Op::Write, EIO)));
-        }
-        match mode {
-            WriteMode::Cached => self.inode.borrow_mut().returned(sequence),
-            WriteMode::Durable => self.inode.borrow_mut().persist_write(sequence),
-        }
-        (buf, Ok(()))
-    }
-
-    async fn sync_all(self) -> Result<()> {
-        let disk = &self.disk;
-        let covered = self.inode.borrow().begin_sync();
-        let verdict = disk.begin(Op::Sync, &self.path, 0, 0).await;
-        match verdict {
-            Verdict::Fail(errno) => {
-                if !disk.is_dead() {
-                    let mut chance = disk.shared.chance.borrow_mut();
-                    self.inode.borrow_mut().fail_sync(&covered, &mut chance);
-                }
-                return Err(self.failure(Op::Sync, errno));
-            }
-            Verdict::Cut => disk.cut().await,
-            Verdict::Go(_) | Verdict::EffectThenCut => {
-                self.inode.borrow_mut().persist(&covered);
-            }
-        }
-        if disk.end(verdict).await { Ok(()) } else { Err(self.failure(Op::Sync, EIO)) }
-    }
-
-    /// A change of the file that is not a write: visible at once, durable after a sync.
-    async fn alter(self, op: Op, offset: u64, len: u64, change: Change) -> Result<()> {
-        let disk = &self.disk;
-        let verdict = disk.begin(op, &self.path, offset, to_usize(len)).await;
-        match verdict {
-            Verdict::Fail(errno) => return Err(self.failure(op, errno)),
-            Verdict::Cut => {
-                disk.cut().await;
-                return Err(self.failure(op, EIO));
-            }
-            Verdict::Go(_) | Verdict::EffectThenCut => {}
-        }
-        let sequence = self.inode.borrow_mut().change(change);
-        if !disk.end(verdict).await {
-            return Err(self.failure(op, EIO));
-        }
-        self.inode.borrow_mut().returned(sequence);
-        Ok(())
-    }
-
-    fn failure(&self, op: Op, errno: i32) -> Error {
-        failure(op, &self.path, errno)
-    }
-}
-
-impl File for SimFile {
-    fn alignment(&self) -> usize {
-        self.disk.shared.options.alignment
-    }
-
-    fn read_at(
-        &self,
-        offset: u64,
-        len: usize,
-    ) -> impl Future<Output = Result<AlignedBuf>> + 'static {
-        self.check_aligned(offset, len);
-        self.disk.detach(self.clone().read(offset, len))
-    }
-
-    fn write_at(
-        &self,
-        offset: u64,
-        buf: AlignedBuf,
-        mode: WriteMode,
-    ) -> impl Future<Output = (AlignedBuf, Result<()>)> + 'static {
-        self.check_aligned(offset, buf.len());
-        assert!(self.writable, "{} was opened for reading", self.path.display());
-        self.disk.detach(self.clone().write(offset, buf, mode))
-    }
-
-    fn sync(&self) -> impl Future<Output = Result<()>> + 'static {
-        self.disk.detach(self.clone().sync_all())
-    }
-
-    fn len(&self) -> impl Future<Output = Result<u64>> + 'static {
-        let inode = self.inode.clone();
-        self.disk.named(Op::Len, &self.path, move |_, _| Ok(to_u64(inode.borrow().live.len())))
-    }
-
-    fn set_len(&self, len: u64) -> impl Future<Output = Result<()>> + 'static {
-        assert!(self.writable, "{} was opened for reading", self.path.display());
-        let change = Change::SetLen(to_usize(len));
-        self.disk.detach(self.clone().alter(Op::SetLen, 0, len, change))
-    }
-
-    fn punch(&self, offset: u64, len: u64) -> impl Future<Output = Result<()>> + 'static {
-        assert!(self.writable, "{} was opened for reading", self.path.display());
-        let change = Change::Punch { offset: to_usize(offset), len: to_usize(len) };
-        self.disk.detach(self.clone().alter(Op::Punch, offset, len, change))
-    }
-}
-
-fn failure(op: Op, path: &Path, errno: i32) -> Error {
+pub(super) fn failure(op: Op, path: &Path, errno: i32) -> Error {
     Error::io(format!("{op:?} (simulated)"), path, io::Error::from_raw_os_error(errno))
 }
 
@@ -778,11 +445,11 @@ fn refusal(op: Op, path: &Path, kind: io::ErrorKind) -> Error {
     Error::io(format!("{op:?} (simulated)"), path, io::Error::from(kind))
 }
 
-fn to_usize(value: u64) -> usize {
+pub(super) fn to_usize(value: u64) -> usize {
     usize::try_from(value).expect("a simulated file fits memory")
 }
 
-fn to_u64(value: usize) -> u64 {
+pub(super) fn to_u64(value: usize) -> u64 {
     u64::try_from(value).expect("a length fits 64 bits")
 }
 

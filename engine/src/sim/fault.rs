@@ -26,6 +26,13 @@ pub enum Op {
     Punch,
 }
 
+impl Op {
+    /// Whether the operation can change what a crash leaves.
+    pub(super) fn changes(self) -> bool {
+        !matches!(self, Op::List | Op::Space | Op::Lock | Op::Read | Op::Len)
+    }
+}
+
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {

@@ -32,14 +32,17 @@
 //!
 //! A restart is a new executor, or the same one after [`SimExecutor::kill_tasks`].
 
+mod control;
 pub mod disk;
 pub mod executor;
 pub mod fault;
+mod file;
 mod medium;
 
-pub use disk::{SimDisk, SimDiskOptions, SimFile, SimLock};
+pub use disk::{SimDisk, SimDiskOptions, SimLock};
 pub use executor::{SimExecutor, SimRuntime, Stopped};
 pub use fault::{Fault, Op, OpRecord, Rule};
+pub use file::SimFile;
 
 /// A seeded generator: `SplitMix64` (Steele, Lea, Flood, "Fast splittable pseudorandom number
 /// generators", 2014). Not for secrets.

@@ -313,3 +313,23 @@ fn a_file_put_there_by_hand_is_found_and_durable() {
     assert_eq!(survivor.read_file(&path("x/y/file")).unwrap(), b"three");
     assert!(survivor.remove_file(&path("x/y/file")) && !survivor.remove_file(&path("x/y/file")));
 }
+
+#[test]
+fn an_observer_meets_the_states_before_and_after_each_change() {
+    let world = world(1);
+    let file = world.durable_file("a", 1, 512);
+    let seen = Rc::new(RefCell::new(Vec::new()));
+    let (noted, runtime) = (seen.clone(), world.executor.runtime());
+    world.disk.observe(move |disk| {
+        let image = disk.image_onto(&runtime, 1);
+        let now = disk.read_file(&path("a")).unwrap()[0];
+        noted.borrow_mut().push((now, image.read_file(&path("a")).unwrap()[0]));
+    });
+    world.write(&file, 0, 2, 512);
+    world.executor.run(file.sync()).unwrap();
+    world.executor.run(file.read_at(0, 512)).unwrap();
+    let seen = seen.take();
+    assert_eq!(seen.iter().map(|(now, _)| *now).collect::<Vec<_>>(), [1, 2, 2, 2]);
+    assert_eq!((seen[0].1, seen[3].1), (1, 2));
+    assert!(!world.disk.is_dead());
+}

@@ -17,8 +17,7 @@ use std::task::{Poll, Waker};
 use super::fault::{Fault, Op, OpRecord, Rule};
 use super::medium::{Entry, Inode, InodeRef, Names, SECTOR, is_parent};
 use super::{Chance, SimFile, SimRuntime};
-use crate::buffer::AlignedBuf;
-use crate::disk::{Disk, File, OpenMode, Space, WriteMode};
+use crate::disk::{Disk, OpenMode, Space};
 use crate::error::{Error, Result};
 use crate::runtime::{Class, Runtime};
 

@@ -1,6 +1,8 @@
 //! The simulated disk against the contract of `disk.rs`: what may and what must not survive.
 
 use super::*;
+use crate::buffer::AlignedBuf;
+use crate::disk::{File, WriteMode};
 use crate::sim::{SimExecutor, Stopped};
 
 struct World {

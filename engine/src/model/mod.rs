@@ -3,10 +3,14 @@
 //! Nothing here does I/O, reads a clock, or allocates behind the caller's back.
 
 pub mod causality;
+pub mod context;
 pub mod limits;
+pub mod merge;
 pub mod record;
+pub mod siblings;
 pub mod timestamp;
 pub mod token;
+pub(crate) mod varint;
 
 pub use causality::{Context, Dot, OriginId, VersionVector};
 pub use record::{Kind, NamespaceId, Record, RecordRef};

@@ -3,7 +3,10 @@
 //! `tests` uses it to run a shard's production code without sockets.
 
 pub mod admin;
+pub mod cli;
+pub mod commands;
 pub mod config;
+pub mod inspect;
 pub mod metrics;
 pub mod namespaces;
 pub mod pump;

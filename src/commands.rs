@@ -1,0 +1,472 @@
+//! The named commands of an ADMIN request: what `annulus ns`, `ring`, `status` and `snapshot`
+//! ask, and what they get. Both sides of the wire use this file, so they cannot disagree.
+//!
+//! Invariant: pure. A command that changes something returns what is to be kept; the server
+//! keeps it durably before it answers. Arguments and replies are JSON.
+
+use annulus_engine::model::{PartitionId, Token};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::config::Compression;
+use crate::metrics::NodeSnapshot;
+use crate::namespaces::{Catalogue, Refusal, Settings};
+
+/// Longest name of a snapshot, in bytes.
+pub const SNAPSHOT_NAME_SIZE_MAX: usize = 64;
+
+/// A command with its arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// `ns.list`: all namespaces.
+    NsList,
+    /// `ns.create`: a new namespace.
+    NsCreate(NsChange),
+    /// `ns.set`: new settings of a namespace.
+    NsSet(NsChange),
+    /// `ns.drop`: a namespace and all its records go away.
+    NsDrop(Named),
+    /// `status`: one row a node.
+    Status,
+    /// `ring`: who holds what.
+    Ring(RingQuery),
+    /// `snapshot.create`: hard links of all shards' files, under a name.
+    SnapshotCreate(Named),
+    /// `snapshot.list`: all snapshots.
+    SnapshotList,
+    /// `snapshot.delete`: one snapshot goes away.
+    SnapshotDelete(Named),
+}
+
+/// Arguments that name something.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+}
+
+/// Arguments of `ns.create` and `ns.set`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NsChange {
+    /// The namespace.
+    pub name: String,
+    /// What to set.
+    #[serde(default)]
+    pub settings: Settings,
+}
+
+/// Arguments of `ring`: one partition, one key, or neither for all partitions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RingQuery {
+    /// Only this partition.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition: Option<u32>,
+    /// The partition of this key, in base64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_base64: Option<String>,
+}
+
+impl Command {
+    /// Reads a command as it came.
+    ///
+    /// # Errors
+    /// What is wrong with it; nothing was done.
+    pub fn parse(command: &str, arguments: &str) -> Result<Command, String> {
+        Ok(match command {
+            "ns.list" => Command::NsList,
+            "ns.create" => Command::NsCreate(read(arguments)?),
+            "ns.set" => Command::NsSet(read(arguments)?),
+            "ns.drop" => Command::NsDrop(read(arguments)?),
+            "status" => Command::Status,
+            "ring" => Command::Ring(read(arguments)?),
+            "snapshot.create" => Command::SnapshotCreate(snapshot_name(arguments)?),
+            "snapshot.list" => Command::SnapshotList,
+            "snapshot.delete" => Command::SnapshotDelete(snapshot_name(arguments)?),
+            _ => return Err(format!("unknown command `{}`", command.escape_debug())),
+        })
+    }
+
+    /// The command's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::NsList => "ns.list",
+            Command::NsCreate(_) => "ns.create",
+            Command::NsSet(_) => "ns.set",
+            Command::NsDrop(_) => "ns.drop",
+            Command::Status => "status",
+            Command::Ring(_) => "ring",
+            Command::SnapshotCreate(_) => "snapshot.create",
+            Command::SnapshotList => "snapshot.list",
+            Command::SnapshotDelete(_) => "snapshot.delete",
+        }
+    }
+
+    /// The command's arguments.
+    #[must_use]
+    pub fn arguments(&self) -> String {
+        let value = match self {
+            Command::NsList | Command::Status | Command::SnapshotList => json!({}),
+            Command::NsCreate(change) | Command::NsSet(change) => json!(change),
+            Command::NsDrop(named)
+            | Command::SnapshotCreate(named)
+            | Command::SnapshotDelete(named) => json!(named),
+            Command::Ring(query) => json!(query),
+        };
+        value.to_string()
+    }
+
+    /// Whether the command changes something, so that a lost answer leaves doubt.
+    #[must_use]
+    pub fn changes(&self) -> bool {
+        !matches!(
+            self,
+            Command::NsList | Command::Status | Command::Ring(_) | Command::SnapshotList
+        )
+    }
+}
+
+fn read<T: DeserializeOwned>(arguments: &str) -> Result<T, String> {
+    let arguments = if arguments.trim().is_empty() { "{}" } else { arguments };
+    serde_json::from_str(arguments).map_err(|error| format!("bad arguments: {error}"))
+}
+
+/// A snapshot's name becomes a directory's, so it is checked like one.
+fn snapshot_name(arguments: &str) -> Result<Named, String> {
+    let named: Named = read(arguments)?;
+    check_snapshot_name(&named.name)?;
+    Ok(named)
+}
+
+/// Whether a snapshot may have this name.
+///
+/// # Errors
+/// What is allowed.
+pub fn check_snapshot_name(name: &str) -> Result<(), String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    if (1..=SNAPSHOT_NAME_SIZE_MAX).contains(&name.len())
+        && name.bytes().all(plain)
+        && !name.starts_with('.')
+    {
+        return Ok(());
+    }
+    Err(format!(
+        "`{}` is no name of a snapshot: 1 to {SNAPSHOT_NAME_SIZE_MAX} letters, digits, `-`, `_` \
+         or `.`, not beginning with a dot",
+        name.escape_debug()
+    ))
+}
+
+/// What a namespace command comes to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NsOutcome {
+    /// The catalogue to save, durably, before the reply is sent; none when nothing changed.
+    pub changed: Option<Catalogue>,
+    /// The reply.
+    pub reply: Value,
+}
+
+/// Carries out a namespace command on a copy of the catalogue. None for other commands.
+///
+/// # Errors
+/// [`Refusal`]; nothing changed.
+pub fn apply_to_namespaces(
+    command: &Command,
+    catalogue: &Catalogue,
+    compression: Compression,
+) -> Option<Result<NsOutcome, Refusal>> {
+    let mut changed = catalogue.clone();
+    let done = match command {
+        Command::NsList => {
+            let namespaces: Vec<_> = catalogue.iter().collect();
+            let reply = json!({ "namespaces": namespaces });
+            return Some(Ok(NsOutcome { changed: None, reply }));
+        }
+        Command::NsCreate(change) => {
+            changed.create(&change.name, &change.settings, compression).map(drop)
+        }
+        Command::NsSet(change) => changed.set(&change.name, &change.settings),
+        Command::NsDrop(named) => {
+            let dropped = changed.drop(&named.name);
+            let outcome = dropped.map(|id| NsOutcome {
+                changed: Some(changed),
+                reply: json!({ "dropped": named.name, "id": id.0 }),
+            });
+            return Some(outcome);
+        }
+        _ => return None,
+    };
+    let name = match command {
+        Command::NsCreate(change) | Command::NsSet(change) => &change.name,
+        _ => return None,
+    };
+    Some(done.map(|()| {
+        let reply = json!(changed.by_name(name));
+        NsOutcome { changed: Some(changed), reply }
+    }))
+}
+
+/// One row of `annulus status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeRow {
+    /// The node's id.
+    pub id: u32,
+    /// Where clients reach it.
+    pub address: String,
+    /// Its data centre.
+    pub dc: String,
+    /// Its rack.
+    pub rack: String,
+    /// `up`, `draining`, `down`.
+    pub state: String,
+    /// Its share of the data.
+    pub weight: u32,
+    /// Shards.
+    pub shards: u32,
+    /// Partitions of which it holds a copy.
+    pub partitions: u32,
+    /// Bytes of its tables and logs.
+    pub bytes: u64,
+    /// `ok`, `pace`, `refuse`, `reserve`.
+    pub disk_level: String,
+    /// p99 of gets and writes since the node serves, in microseconds, the greater one.
+    pub p99_us: f64,
+    /// Writes that it keeps for others.
+    pub hints_owed: u64,
+    /// How far its data may lag behind, in milliseconds.
+    pub as_of_lag_ms: u64,
+}
+
+/// The reply of `status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusReply {
+    /// Id of the cluster, in hex.
+    pub cluster: String,
+    /// One row a node.
+    pub nodes: Vec<NodeRow>,
+}
+
+/// What a node knows of itself that its metrics do not say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Where clients reach it.
+    pub address: String,
+    /// Its data centre.
+    pub dc: String,
+    /// Its rack.
+    pub rack: String,
+    /// `up` or `draining`.
+    pub state: &'static str,
+    /// Its share of the data.
+    pub weight: u32,
+    /// The ring has two to this many partitions.
+    pub partition_bits: u32,
+}
+
+impl StatusReply {
+    /// The status of a cluster of one node.
+    #[must_use]
+    pub fn of_one(placement: &Placement, node: &NodeSnapshot) -> StatusReply {
+        let gauges = node.gauges();
+        let p99 = node
+            .shards
+            .iter()
+            .flat_map(|s| [&s.metrics.read_latency, &s.metrics.write_latency])
+            .map(|latency| latency.quantile_nanos(0.99))
+            .max()
+            .unwrap_or(0);
+        let level = json!(node.disk_level);
+        let row = NodeRow {
+            id: node.node,
+            address: placement.address.clone(),
+            dc: placement.dc.clone(),
+            rack: placement.rack.clone(),
+            state: placement.state.to_owned(),
+            weight: placement.weight,
+            shards: u32::try_from(node.shards.len()).unwrap_or(u32::MAX),
+            partitions: 1 << placement.partition_bits,
+            bytes: gauges.table_bytes + gauges.log_replay_bytes,
+            disk_level: level.as_str().unwrap_or_default().to_owned(),
+            p99_us: p99 as f64 / 1000.0,
+            hints_owed: 0,
+            as_of_lag_ms: 0,
+        };
+        StatusReply { cluster: node.cluster.clone(), nodes: vec![row] }
+    }
+}
+
+/// One copy of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// The node.
+    pub node: u32,
+    /// The shard on that node.
+    pub shard: u32,
+}
+
+/// One partition and its copies, in the order of preference.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingRow {
+    /// The partition.
+    pub partition: u32,
+    /// Its first token, 16 hex digits.
+    pub first: String,
+    /// Its last token.
+    pub last: String,
+    /// Its copies.
+    pub replicas: Vec<Replica>,
+}
+
+/// The reply of `ring`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingReply {
+    /// The ring has two to this many partitions.
+    pub partition_bits: u32,
+    /// Token of the key that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub token: Option<String>,
+    /// The partitions that were asked for.
+    pub rows: Vec<RingRow>,
+}
+
+impl RingReply {
+    /// Answers a query. `copies` names the copies of a partition in order of preference.
+    ///
+    /// # Errors
+    /// The partition is not on the ring, or the key is not base64.
+    pub fn answer(
+        query: &RingQuery,
+        partition_bits: u32,
+        hash_seed: u64,
+        copies: impl Fn(PartitionId) -> Vec<Replica>,
+    ) -> Result<RingReply, String> {
+        use base64::Engine as _;
+        let row = |partition: PartitionId| {
+            let range = partition.range(partition_bits);
+            RingRow {
+                partition: partition.0,
+                first: range.first.to_string(),
+                last: range.last.to_string(),
+                replicas: copies(partition),
+            }
+        };
+        let count = 1u32 << partition_bits;
+        if let Some(key) = &query.key_base64 {
+            let key = base64::engine::general_purpose::STANDARD
+                .decode(key)
+                .map_err(|error| format!("the key is not base64: {error}"))?;
+            let token = Token::of_key(&key, hash_seed);
+            let rows = vec![row(token.partition(partition_bits))];
+            return Ok(RingReply { partition_bits, token: Some(token.to_string()), rows });
+        }
+        let rows = match query.partition {
+            Some(partition) if partition < count => vec![row(PartitionId(partition))],
+            Some(partition) => {
+                return Err(format!("partition {partition} is not on a ring of {count}"));
+            }
+            None => (0..count).map(|partition| row(PartitionId(partition))).collect(),
+        };
+        Ok(RingReply { partition_bits, token: None, rows })
+    }
+}
+
+/// One snapshot, in the reply of `snapshot.list` and `snapshot.create`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRow {
+    /// Its name.
+    pub name: String,
+    /// When it was made, milliseconds of Unix time.
+    pub created_unix_ms: u64,
+    /// Sum of its files' sizes; most share their space with the live data.
+    pub bytes: u64,
+    /// Where it is; can be served with `--data-dir` after the original is stopped.
+    pub path: String,
+}
+
+/// The reply of `snapshot.list`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReply {
+    /// All snapshots by name.
+    pub snapshots: Vec<SnapshotRow>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_travels_unchanged() {
+        let settings = Settings { n: Some(5), ttl_ms: Some(9), ..Settings::default() };
+        for command in [
+            Command::NsList,
+            Command::NsCreate(NsChange { name: "a".into(), settings: settings.clone() }),
+            Command::NsSet(NsChange { name: "a".into(), settings }),
+            Command::NsDrop(Named { name: "a".into() }),
+            Command::Status,
+            Command::Ring(RingQuery { partition: Some(3), key_base64: None }),
+            Command::SnapshotCreate(Named { name: "monday".into() }),
+            Command::SnapshotList,
+            Command::SnapshotDelete(Named { name: "monday".into() }),
+        ] {
+            assert_eq!(Command::parse(command.name(), &command.arguments()), Ok(command));
+        }
+    }
+
+    #[test]
+    fn what_is_no_command_is_refused() {
+        for (command, arguments) in [
+            ("ns.explode", "{}"),
+            ("ns.create", ""),
+            ("ns.create", "{\"name\":1}"),
+            ("ns.create", "{\"name\":\"a\",\"settings\":{\"nn\":1}}"),
+            ("ns.drop", "[["),
+            ("snapshot.create", "{\"name\":\"../x\"}"),
+            ("snapshot.create", "{\"name\":\".hidden\"}"),
+            ("snapshot.delete", "{\"name\":\"\"}"),
+        ] {
+            assert!(Command::parse(command, arguments).is_err(), "{command} {arguments}");
+        }
+    }
+
+    #[test]
+    fn namespace_commands_leave_the_old_catalogue_alone() {
+        let catalogue = Catalogue::new(Compression::None);
+        let create = Command::parse("ns.create", "{\"name\":\"a\"}").unwrap();
+        let apply = |command: &Command, catalogue: &Catalogue| {
+            apply_to_namespaces(command, catalogue, Compression::Zstd).unwrap()
+        };
+        let created = apply(&create, &catalogue).unwrap();
+        assert_eq!(
+            (&created.reply["id"], &created.reply["compression"]),
+            (&json!(1), &json!("zstd"))
+        );
+        assert!(catalogue.by_name("a").is_none());
+        let catalogue = created.changed.unwrap();
+        assert_eq!(apply(&create, &catalogue), Err(Refusal::Exists("a".into())));
+        let listed = apply(&Command::NsList, &catalogue).unwrap();
+        assert!(listed.changed.is_none());
+        assert_eq!(listed.reply["namespaces"].as_array().unwrap().len(), 2);
+        let drop = Command::NsDrop(Named { name: "a".into() });
+        assert_eq!(apply(&drop, &catalogue).unwrap().reply["id"], 1);
+        assert!(apply_to_namespaces(&Command::Status, &catalogue, Compression::None).is_none());
+    }
+
+    #[test]
+    fn the_ring_answers_for_keys_partitions_and_all() {
+        let copies = |partition: PartitionId| vec![Replica { node: 1, shard: partition.0 % 2 }];
+        let ask = |query: RingQuery| RingReply::answer(&query, 4, 7, copies);
+        let all = ask(RingQuery::default()).unwrap();
+        assert_eq!((all.rows.len(), all.rows[15].last.as_str()), (16, "ffffffffffffffff"));
+        let key = RingQuery { key_base64: Some("aGVsbG8=".into()), ..RingQuery::default() };
+        let reply = ask(key).unwrap();
+        let token = Token::of_key(b"hello", 7);
+        assert_eq!(reply.token, Some(token.to_string()));
+        assert_eq!(reply.rows, vec![all.rows[token.partition(4).0 as usize].clone()]);
+        assert!(ask(RingQuery { partition: Some(16), ..RingQuery::default() }).is_err());
+        assert!(ask(RingQuery { key_base64: Some("?".into()), ..RingQuery::default() }).is_err());
+    }
+}

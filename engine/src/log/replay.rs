@@ -1,1 +1,556 @@
-//! Being written.
+//! Reading the log back: which records survived, and whether any is missing that must not be.
+//!
+//! Invariant: [`replay`] visits exactly a prefix of what was appended, or refuses with the file
+//! and offset. A batch that fails its check is the log's *torn tail* unless something proves that
+//! it was durable once: a later batch whose header says that the log was synced beyond it (each
+//! says how far), a clean close, or a later life that began after it. Then it is *damage*.
+//!
+//! Later batches that are whole but prove nothing are no contradiction: several were in flight
+//! when the crash came, and any of them may have survived. They were never acknowledged, and are
+//! void.
+//!
+//! On the recovery path; the only state is the window over the file being read.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+
+use super::Lsn;
+use super::format::{
+    BATCH_ALIGNMENT_MIN, BATCH_HEADER_SIZE, BATCH_MAGIC, BatchHeader, Control, Invalid,
+    LogIdentity, Records, ReplayItem, SEGMENT_HEADER_SIZE, SegmentHeader, VERSION, parse_name,
+};
+use crate::buffer::AlignedBuf;
+use crate::disk::{Disk, File, OpenMode};
+use crate::error::{Error, Result};
+
+/// Bytes of one read.
+const READ_SIZE: usize = 1 << 20;
+/// Reads under way while earlier bytes are parsed.
+const READS_AHEAD: usize = 4;
+
+/// Where the log ended, and what [`super::CommitLog::start`] needs to go on.
+#[derive(Clone, Debug)]
+pub struct ReplayEnd {
+    /// The log that was read.
+    pub identity: LogIdentity,
+    /// Last record in the log; zero when there is none.
+    pub last: Lsn,
+    /// Number of the next record: above `last`, and not below where replay was asked to begin.
+    pub next: Lsn,
+    /// Whether the log was closed in good order.
+    pub clean: bool,
+    /// Records visited.
+    pub records: u64,
+    /// Bytes of segments read.
+    pub bytes: u64,
+    /// Where the log was cut, if anything was found beyond its end.
+    pub torn: Option<TornTail>,
+    pub(super) life: u64,
+    pub(super) next_segment: u64,
+    pub(super) segments: Vec<OldSegment>,
+    pub(super) unproven: Vec<Extent>,
+}
+
+/// Writes that a crash interrupted. They were not acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TornTail {
+    /// The segment.
+    pub path: PathBuf,
+    /// Where the first batch is missing or torn.
+    pub offset: u64,
+}
+
+/// A segment of an earlier life.
+#[derive(Clone, Debug)]
+pub(super) struct OldSegment {
+    pub(super) path: PathBuf,
+    /// Last valid record in it or before it.
+    pub(super) last: Lsn,
+}
+
+/// Bytes that were read and are valid, but that nothing proves durable.
+#[derive(Clone, Debug)]
+pub(super) struct Extent {
+    pub(super) path: PathBuf,
+    pub(super) offset: u64,
+    pub(super) size: u64,
+    last: Lsn,
+}
+
+impl ReplayEnd {
+    /// The end of a log that has no segments; its first record will be `next`.
+    #[must_use]
+    pub fn fresh(identity: LogIdentity, next: Lsn) -> ReplayEnd {
+        let next = next.max(Lsn(1));
+        ReplayEnd {
+            identity,
+            last: Lsn(next.0 - 1),
+            next,
+            clean: true,
+            records: 0,
+            bytes: 0,
+            torn: None,
+            life: 0,
+            next_segment: 1,
+            segments: Vec::new(),
+            unproven: Vec::new(),
+        }
+    }
+}
+
+/// Reads the log in `dir` and visits each surviving record from number `from` on, in order.
+/// Records before `from` are in tables; segments that hold only such are not read.
+///
+/// # Errors
+/// `Corrupt` (file, offset) when records are missing or damaged that were durable once;
+/// `Mismatch` when the log belongs to another cluster or shard, or to a newer version; `Io`.
+/// What was visited before an error must be thrown away. The files are unchanged.
+pub async fn replay<D: Disk>(
+    disk: &D,
+    dir: &Path,
+    identity: LogIdentity,
+    from: Lsn,
+    visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
+) -> Result<ReplayEnd> {
+    let names = match disk.list(dir).await {
+        Ok(names) => names,
+        Err(error) if error.is_not_found() => return Ok(ReplayEnd::fresh(identity, from)),
+        Err(error) => return Err(error),
+    };
+    let mut ids: Vec<u64> = names.iter().filter_map(|name| parse_name(name)).collect();
+    ids.sort_unstable();
+    if ids.is_empty() && from > Lsn(1) {
+        return Err(Error::corrupt(
+            dir,
+            0,
+            format!("no log segment is here, but records up to {} were logged", from.0 - 1),
+        ));
+    }
+    let mut segments: Vec<Found<D::File>> = Vec::with_capacity(ids.len());
+    for id in ids {
+        let found = Found::open(disk, dir, identity, id).await?;
+        if let Some(before) = segments.last() {
+            found.follows(before)?;
+        }
+        segments.push(found);
+    }
+    let mut walk = Walk {
+        segments: &segments,
+        identity,
+        from: from.max(Lsn(1)),
+        next: from.max(Lsn(1)),
+        joined: false,
+        end: ReplayEnd::fresh(identity, from),
+        unproven: VecDeque::new(),
+    };
+    walk.run(visit).await?;
+    Ok(walk.finish())
+}
+
+/// A segment as found on the disk, its header checked.
+struct Found<F> {
+    id: u64,
+    path: PathBuf,
+    file: F,
+    len: u64,
+    header: SegmentHeader,
+    salt: u64,
+    /// Number of the first record, if the first batch has a good header.
+    first: Option<Lsn>,
+}
+
+impl<F: File> Found<F> {
+    async fn open<D: Disk<File = F>>(
+        disk: &D,
+        dir: &Path,
+        identity: LogIdentity,
+        id: u64,
+    ) -> Result<Found<F>> {
+        let path = dir.join(super::format::segment_name(id));
+        let file = disk.open(&path, OpenMode::Read).await?;
+        let len = file.len().await?;
+        let bytes = file.read_at(0, 2 * SEGMENT_HEADER_SIZE).await?;
+        let header = SegmentHeader::decode(&bytes)
+            .map_err(|Invalid(what)| Error::corrupt(&path, 0, what))?;
+        if header.version > VERSION {
+            return Err(Error::Mismatch {
+                path,
+                what: format!("version {} of the log format; this is {VERSION}", header.version),
+                remedy: "open it with the newer release that wrote it",
+            });
+        }
+        if header.identity() != identity {
+            return Err(Error::Mismatch {
+                path,
+                what: format!(
+                    "a log of cluster {:032x} shard {}, not of cluster {:032x} shard {}",
+                    header.identity().cluster,
+                    header.shard,
+                    identity.cluster,
+                    identity.shard
+                ),
+                remedy: "put the file back where it came from",
+            });
+        }
+        if header.segment_id != id {
+            let what = format!("it says that it is segment {}", header.segment_id);
+            return Err(Error::corrupt(path, 16, what));
+        }
+        if len < header.size {
+            let what = format!("cut short: {len} bytes are left of {}", header.size);
+            return Err(Error::corrupt(path, len, what));
+        }
+        let salt = identity.segment_salt(id, header.life);
+        let offset = SEGMENT_HEADER_SIZE;
+        let first = bytes
+            .get(offset..)
+            .and_then(|bytes| BatchHeader::decode(bytes, salt, offset as u64).ok())
+            .map(|header| Lsn(header.first));
+        Ok(Found { id, path, file, len, header, salt, first })
+    }
+
+    /// Whether the lives of two neighbours fit together.
+    fn follows(&self, before: &Found<F>) -> Result<()> {
+        let (new, old) = (&self.header, &before.header);
+        let same = (new.life_after, new.life_first) == (old.life_after, old.life_first);
+        let later = new.life_first > old.life_after && new.life_after >= old.life_after;
+        if (new.life == old.life && same) || (new.life > old.life && later) {
+            return Ok(());
+        }
+        let what = format!("life {} does not follow life {}", new.life, old.life);
+        Err(Error::corrupt(&self.path, 24, what))
+    }
+}
+
+/// The state of one replay.
+struct Walk<'a, F> {
+    segments: &'a [Found<F>],
+    identity: LogIdentity,
+    from: Lsn,
+    /// The record expected next.
+    next: Lsn,
+    /// Whether a batch has been found yet, so that `next` is exact.
+    joined: bool,
+    end: ReplayEnd,
+    unproven: VecDeque<Extent>,
+}
+
+/// How the walk through one segment ended.
+struct Stop {
+    offset: u64,
+    why: Invalid,
+    /// Whether a batch of this life was begun there.
+    begun: bool,
+}
+
+impl<F: File> Walk<'_, F> {
+    async fn run(&mut self, visit: &mut dyn FnMut(Lsn, ReplayItem<'_>)) -> Result<()> {
+        let start = self.first_needed();
+        for found in &self.segments[..start] {
+            // All its records are before `from`.
+            self.end.segments.push(OldSegment { path: found.path.clone(), last: Lsn::ZERO });
+        }
+        let mut index = start;
+        while index < self.segments.len() {
+            index = self.walk_life(index, visit).await?;
+        }
+        Ok(())
+    }
+
+    /// Index of the first segment that may hold a record from `from` on.
+    fn first_needed(&self) -> usize {
+        let from = self.from;
+        let starts = |index: &usize| {
+            let found = &self.segments[*index];
+            let begins_life =
+                *index == 0 || self.segments[*index - 1].header.life != found.header.life;
+            found.first.is_some_and(|first| first <= from)
+                || (begins_life && found.header.life_first <= from.0)
+        };
+        (0..self.segments.len()).rev().find(starts).unwrap_or(0)
+    }
+
+    /// Walks the segments of one life from `index` on; gives the index after them.
+    async fn walk_life(
+        &mut self,
+        index: usize,
+        visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
+    ) -> Result<usize> {
+        let header = self.segments[index].header;
+        let life = header.life;
+        self.end.clean = false;
+        let after_life = self.segments[index..]
+            .iter()
+            .position(|found| found.header.life != life)
+            .map_or(self.segments.len(), |count| index + count);
+        let whole = index == 0 || self.segments[index - 1].header.life != life;
+        if whole && self.next.0 <= header.life_first {
+            if header.life_after >= self.next.0 {
+                return Err(self.missing(index, header.life_after));
+            }
+            // Nothing was logged between the lives: the numbers in between were skipped.
+            self.next = Lsn(header.life_first);
+        }
+        self.joined = self.joined && whole && self.next.0 == header.life_first;
+        // What the next life found here; the rest is void.
+        let bound = self.segments.get(after_life).map(|found| Lsn(found.header.life_after));
+        for at in index..after_life {
+            let stop = self.walk_segment(at, bound, visit).await?;
+            self.end.segments.push(OldSegment {
+                path: self.segments[at].path.clone(),
+                last: Lsn(self.next.0 - 1),
+            });
+            let goes_on = self.segments[at + 1..after_life]
+                .first()
+                .is_some_and(|found| found.first == Some(self.next));
+            if goes_on {
+                continue;
+            }
+            self.judge(at, after_life, &stop).await?;
+            for found in &self.segments[at + 1..after_life] {
+                self.end.segments.push(OldSegment { path: found.path.clone(), last: Lsn::ZERO });
+            }
+            break;
+        }
+        self.end.life = life;
+        if bound.is_some() {
+            // The next life began after it had made all this durable.
+            self.unproven.clear();
+            self.end.torn = None;
+        }
+        Ok(after_life)
+    }
+
+    /// Visits the batches of one segment up to the first that is not the next of the log.
+    async fn walk_segment(
+        &mut self,
+        at: usize,
+        bound: Option<Lsn>,
+        visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
+    ) -> Result<Stop> {
+        let found = &self.segments[at];
+        let record_salt = self.identity.record_salt(found.header.life);
+        let mut window = Window::new(&found.file, SEGMENT_HEADER_SIZE as u64, found.len);
+        let mut offset = SEGMENT_HEADER_SIZE as u64;
+        let stop = loop {
+            let stop = |why, begun| Stop { offset, why, begun };
+            let bytes = window.get(offset, BATCH_HEADER_SIZE).await?;
+            let header = match BatchHeader::decode(bytes, found.salt, offset) {
+                Ok(header) => header,
+                Err(why) => break stop(why, false),
+            };
+            let joins =
+                if self.joined { header.first == self.next.0 } else { header.first <= self.next.0 };
+            if !joins {
+                break stop(Invalid("records are missing before this batch"), true);
+            }
+            if bound.is_some_and(|bound| header.first > bound.0) {
+                break stop(Invalid("void: a later life began before it"), false);
+            }
+            let size = header.size();
+            let Some(records) = window
+                .get(offset, size)
+                .await?
+                .get(BATCH_HEADER_SIZE..BATCH_HEADER_SIZE + header.records_size())
+            else {
+                break stop(Invalid("batch cut off"), true);
+            };
+            if let Err(why) = check(records, &header, record_salt) {
+                break stop(why, true);
+            }
+            self.joined = true;
+            self.next = header.next();
+            for item in Records::trusted(records, Lsn(header.first)) {
+                let (lsn, item) = item.expect("the batch has just been checked");
+                self.end.clean = item == ReplayItem::Control(Control::Close);
+                if lsn >= self.from {
+                    self.end.records += 1;
+                    visit(lsn, item);
+                }
+            }
+            self.note_durable(at, offset, &header);
+            offset += size as u64;
+        };
+        self.end.bytes += offset;
+        Ok(stop)
+    }
+
+    /// Keeps the list of extents that no batch so far has declared durable.
+    fn note_durable(&mut self, at: usize, offset: u64, header: &BatchHeader) {
+        while self.unproven.front().is_some_and(|extent| extent.last.0 <= header.synced) {
+            self.unproven.pop_front();
+        }
+        if header.count > 0 {
+            self.unproven.push_back(Extent {
+                path: self.segments[at].path.clone(),
+                offset,
+                size: u64::from(header.size),
+                last: Lsn(header.next().0 - 1),
+            });
+        }
+    }
+
+    /// Decides whether the life ends where its walk stopped, or whether a hole follows.
+    async fn judge(&mut self, at: usize, after_life: usize, stop: &Stop) -> Result<()> {
+        if let Some(next_life) = self.segments.get(after_life)
+            && next_life.header.life_after >= self.next.0
+        {
+            return Err(self.damage(at, stop, next_life.header.life_after, next_life, 32));
+        }
+        if after_life < self.segments.len() {
+            // What lies beyond has been void since the next life began.
+            return Ok(());
+        }
+        let mut begun = stop.begun;
+        for index in at..after_life {
+            let found = &self.segments[index];
+            let start = if index == at { stop.offset } else { SEGMENT_HEADER_SIZE as u64 };
+            let claim = find_claim(found, start, self.next).await?;
+            if let Some((offset, synced)) = claim.proof {
+                return Err(self.damage(at, stop, synced, found, offset));
+            }
+            begun |= claim.batches > 0;
+        }
+        if begun {
+            let path = self.segments[at].path.clone();
+            self.end.torn = Some(TornTail { path, offset: stop.offset });
+            self.end.clean = false;
+        }
+        Ok(())
+    }
+
+    fn damage(&self, at: usize, stop: &Stop, synced: u64, by: &Found<F>, offset: u64) -> Error {
+        let name = by.path.file_name().unwrap_or_default().display();
+        let what = format!(
+            "{}; records {} to {synced} were durable once ({name} says so at offset {offset})",
+            stop.why.0, self.next.0,
+        );
+        Error::corrupt(&self.segments[at].path, stop.offset, what)
+    }
+
+    fn missing(&self, index: usize, last: u64) -> Error {
+        let found = &self.segments[index];
+        let what = format!(
+            "records {} to {last}, which were durable once, lie in no segment before this one",
+            self.next.0
+        );
+        Error::corrupt(&found.path, 32, what)
+    }
+
+    fn finish(self) -> ReplayEnd {
+        let mut end = self.end;
+        if let Some(last) = self.segments.last() {
+            end.next_segment = last.id + 1;
+            end.last = Lsn(self.next.0 - 1);
+            end.next = self.next.max(self.from);
+        }
+        end.unproven = self.unproven.into();
+        end
+    }
+}
+
+/// Checks all records of a batch.
+fn check(
+    records: &[u8],
+    header: &BatchHeader,
+    record_salt: u64,
+) -> std::result::Result<(), Invalid> {
+    let mut count = 0;
+    for item in Records::checked(records, Lsn(header.first), record_salt) {
+        item?;
+        count += 1;
+    }
+    if count == header.count { Ok(()) } else { Err(Invalid("batch header counts other records")) }
+}
+
+/// What lies in a segment beyond the end of the log.
+struct Claim {
+    /// Good batch headers seen.
+    batches: u64,
+    /// Offset of a batch that says how far the log was synced, when that is `next` or beyond.
+    proof: Option<(u64, u64)>,
+}
+
+/// Looks at every place where a batch may start, from `start` to the segment's end.
+async fn find_claim<F: File>(found: &Found<F>, start: u64, next: Lsn) -> Result<Claim> {
+    let mut window = Window::new(&found.file, start, found.len);
+    let mut claim = Claim { batches: 0, proof: None };
+    let mut offset = start;
+    let magic = BATCH_MAGIC.to_le_bytes();
+    while offset < found.len {
+        let bytes = window.get(offset, BATCH_ALIGNMENT_MIN).await?;
+        if bytes.get(4..8) == Some(&magic)
+            && let Ok(header) = BatchHeader::decode(bytes, found.salt, offset)
+        {
+            claim.batches += 1;
+            if header.synced >= next.0 {
+                claim.proof = Some((offset, header.synced));
+                return Ok(claim);
+            }
+        }
+        offset += BATCH_ALIGNMENT_MIN as u64;
+    }
+    Ok(claim)
+}
+
+type Read = Pin<Box<dyn Future<Output = Result<AlignedBuf>>>>;
+
+/// A sliding window over a file, filled by large reads ahead of need.
+struct Window<'a, F> {
+    file: &'a F,
+    end: u64,
+    ahead: FuturesOrdered<Read>,
+    ask_next: u64,
+    bytes: AlignedBuf,
+    base: u64,
+}
+
+impl<F: File> Window<'_, F> {
+    /// Reading starts at `start`, a multiple of every alignment or of the file's own.
+    fn new(file: &F, start: u64, end: u64) -> Window<'_, F> {
+        // Rounded down, because direct reads start at multiples of the file's alignment.
+        let base = start / SEGMENT_HEADER_SIZE as u64 * SEGMENT_HEADER_SIZE as u64;
+        let bytes = AlignedBuf::with_capacity(0);
+        Window { file, end, ahead: FuturesOrdered::new(), ask_next: base, bytes, base }
+    }
+
+    /// The bytes at `offset`: `size` of them, or fewer at the file's end. Offsets never go back.
+    async fn get(&mut self, offset: u64, size: usize) -> Result<&[u8]> {
+        while self.bytes.len() < self.skip(offset) + size {
+            while self.ahead.len() < READS_AHEAD && self.ask_next < self.end {
+                self.ahead.push_back(Box::pin(self.file.read_at(self.ask_next, READ_SIZE)));
+                self.ask_next += READ_SIZE as u64;
+            }
+            let Some(read) = self.ahead.next().await else { break };
+            let read = read?;
+            self.forget(self.skip(offset).min(self.bytes.len()));
+            self.bytes.extend_from_slice(&read);
+            if read.len() < READ_SIZE {
+                // The end of the file; what was asked for beyond it is empty.
+                self.ahead = FuturesOrdered::new();
+                self.ask_next = self.end;
+            }
+        }
+        let skip = self.skip(offset);
+        let end = self.bytes.len().min(skip + size);
+        Ok(self.bytes.get(skip..end).unwrap_or(&[]))
+    }
+
+    fn skip(&self, offset: u64) -> usize {
+        usize::try_from(offset - self.base).expect("the window follows the offsets")
+    }
+
+    /// Drops the first `count` bytes of the window.
+    fn forget(&mut self, count: usize) {
+        if count > 0 {
+            self.bytes.copy_within(count.., 0);
+            self.bytes.truncate(self.bytes.len() - count);
+            self.base += count as u64;
+        }
+    }
+}

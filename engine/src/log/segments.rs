@@ -1,0 +1,158 @@
+//! Segment files on the disk: made, recycled, removed. Used by `writer.rs`, in the background.
+//!
+//! Invariant: a file whose name ends in `.log` has a durable header with the id of its name, at
+//! every moment and after every crash. So each step is durable before the next begins: a file
+//! loses its `.log` name before its header changes, and gets a new one after.
+
+use std::path::{Path, PathBuf};
+
+use super::Lsn;
+use super::format::{
+    BATCH_ALIGNMENT_MIN, LogIdentity, SEGMENT_HEADER_SIZE, SegmentHeader, segment_name,
+    temporary_name,
+};
+use crate::buffer::AlignedBuf;
+use crate::disk::{Disk, File, OpenMode, WriteMode};
+use crate::error::{Error, Result};
+
+/// Bytes zeroed by one write.
+const ZERO_SIZE: usize = 1 << 20;
+
+/// A segment that batches may be written to.
+pub(super) struct Segment<F> {
+    pub(super) id: u64,
+    pub(super) file: F,
+    pub(super) path: PathBuf,
+    /// Bytes that batches may use, counted from the file's start.
+    pub(super) capacity: u64,
+    pub(super) salt: u64,
+    /// Batches start at multiples of this.
+    pub(super) alignment: usize,
+}
+
+/// One start of the log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Life {
+    pub(super) number: u64,
+    /// Last record of the lives before.
+    pub(super) after: Lsn,
+    /// First record of this one.
+    pub(super) first: Lsn,
+}
+
+/// Makes segments of one life.
+pub(super) struct SegmentMaker<D> {
+    pub(super) disk: D,
+    pub(super) dir: PathBuf,
+    pub(super) identity: LogIdentity,
+    pub(super) life: Life,
+    pub(super) size: u64,
+}
+
+impl<D: Disk> SegmentMaker<D> {
+    /// Makes a new segment of zeros.
+    ///
+    /// # Errors
+    /// What the disk says; the file is gone then, as far as the disk lets us.
+    pub(super) async fn create(&self, id: u64) -> Result<Segment<D::File>> {
+        let temporary = self.dir.join(temporary_name(id));
+        let made = async {
+            let file = self.disk.open(&temporary, OpenMode::Create).await?;
+            self.finish(id, &temporary, file, 0).await
+        }
+        .await;
+        self.or_remove(&temporary, made).await
+    }
+
+    /// Makes a segment of a free one. The old name is gone, whatever happens.
+    ///
+    /// # Errors
+    /// What the disk says; the file is gone then, as far as the disk lets us.
+    pub(super) async fn recycle(&self, old: &Path, id: u64) -> Result<Segment<D::File>> {
+        let temporary = self.dir.join(temporary_name(id));
+        self.disk.rename(old, &temporary).await?;
+        let made = async {
+            // Durable before the header changes: no `.log` file ever has another's header.
+            self.disk.sync_dir(&self.dir).await?;
+            let file = self.disk.open(&temporary, OpenMode::Write).await?;
+            let len = file.len().await?;
+            self.finish(id, &temporary, file, len).await
+        }
+        .await;
+        self.or_remove(&temporary, made).await
+    }
+
+    /// Zeros what is missing, writes the header, and gives the file its name.
+    async fn finish(
+        &self,
+        id: u64,
+        temporary: &Path,
+        file: D::File,
+        len: u64,
+    ) -> Result<Segment<D::File>> {
+        let alignment = file.alignment().max(BATCH_ALIGNMENT_MIN);
+        if !SEGMENT_HEADER_SIZE.is_multiple_of(alignment) {
+            return Err(Error::Mismatch {
+                path: temporary.to_path_buf(),
+                what: format!("the device wants writes aligned to {alignment} bytes"),
+                remedy: "use a file system with an alignment of at most 4096 bytes",
+            });
+        }
+        if len < self.size {
+            zero(&file, len / ZERO_SIZE as u64 * ZERO_SIZE as u64, self.size).await?;
+        }
+        let capacity = len.max(self.size);
+        let Life { number, after, first } = self.life;
+        let header = SegmentHeader::new(self.identity, id, number, after, first, capacity);
+        let mut buf = AlignedBuf::with_capacity(SEGMENT_HEADER_SIZE);
+        buf.extend_from_slice(bytemuck::bytes_of(&header));
+        buf.resize(SEGMENT_HEADER_SIZE);
+        file.write_at(0, buf, WriteMode::Durable).await.1?;
+        let path = self.dir.join(segment_name(id));
+        self.disk.rename(temporary, &path).await?;
+        self.disk.sync_dir(&self.dir).await?;
+        // Opened again, so that errors name the file by the name it has.
+        drop(file);
+        let file = self.disk.open(&path, OpenMode::Write).await?;
+        let salt = self.identity.segment_salt(id, number);
+        Ok(Segment { id, file, path, capacity, salt, alignment })
+    }
+
+    async fn or_remove(
+        &self,
+        temporary: &Path,
+        made: Result<Segment<D::File>>,
+    ) -> Result<Segment<D::File>> {
+        if made.is_err() {
+            // Best effort: a leftover is removed at the next start.
+            let _ = self.disk.remove(temporary).await;
+        }
+        made
+    }
+}
+
+/// Writes zeros over `start..end` of a file and syncs them, so that later writes there change
+/// neither the file's length nor its extents: one device write a commit instead of four.
+pub(super) async fn zero<F: File>(file: &F, start: u64, end: u64) -> Result<()> {
+    let mut buf = AlignedBuf::with_capacity(ZERO_SIZE);
+    let mut offset = start;
+    while offset < end {
+        let len = usize::try_from(end - offset).unwrap_or(ZERO_SIZE).min(ZERO_SIZE);
+        buf.resize(len);
+        let (given_back, result) = file.write_at(offset, buf, WriteMode::Cached).await;
+        result?;
+        buf = given_back;
+        offset += len as u64;
+    }
+    file.sync().await
+}
+
+/// Removes what an earlier life was still preparing.
+pub(super) async fn remove_temporaries<D: Disk>(disk: &D, dir: &Path) -> Result<()> {
+    for name in disk.list(dir).await? {
+        if name.ends_with(".tmp") {
+            disk.remove(&dir.join(name)).await?;
+        }
+    }
+    Ok(())
+}

@@ -39,6 +39,14 @@ impl Token {
         Token(twox_hash::XxHash3_64::oneshot_with_seed(seed, key))
     }
 
+    /// The token of a key that is itself a uniform hash: its first 8 bytes, big-endian, so that
+    /// token order is the hash's own order. `None` when the key is shorter.
+    #[inline]
+    #[must_use]
+    pub fn of_hashed_key(key: &[u8]) -> Option<Token> {
+        key.first_chunk::<8>().map(|first| Token(u64::from_be_bytes(*first)))
+    }
+
     /// The partition that holds this token on a ring of `2^bits` partitions, `bits` in 0..=16.
     #[inline]
     #[must_use]

@@ -13,6 +13,7 @@ use annulus_engine::model::limits::{
     BLOCK_SIZE_DEFAULT, DISK_ALIGNMENT, VALUE_SIZE_CEILING, VALUE_SIZE_DEFAULT,
 };
 use annulus_engine::model::token::PARTITION_BITS_MAX;
+use annulus_engine::options::{self, CompactionOptions, LogOptions, Options, SpaceOptions};
 use annulus_tuning::host::{Host, parse_core_list};
 use annulus_tuning::{Budget, BudgetInput};
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,9 @@ pub const LISTEN_DEFAULT: &str = "127.0.0.1:7301";
 pub const PEER_LISTEN_DEFAULT: &str = "127.0.0.1:7302";
 /// Where HTTP for operators is served unless told otherwise.
 pub const ADMIN_LISTEN_DEFAULT: &str = "127.0.0.1:7303";
+
+/// Level of Zstandard: 3 is its own default; higher costs flushes more than it saves.
+pub const ZSTD_LEVEL: i32 = 3;
 
 /// When a write is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, clap::ValueEnum, Deserialize, Serialize)]
@@ -48,6 +52,16 @@ pub enum Compression {
     Lz4,
     /// Zstandard: smaller, several times the CPU.
     Zstd,
+}
+
+impl From<Compression> for options::Compression {
+    fn from(compression: Compression) -> options::Compression {
+        match compression {
+            Compression::None => options::Compression::None,
+            Compression::Lz4 => options::Compression::Lz4,
+            Compression::Zstd => options::Compression::Zstd { level: ZSTD_LEVEL },
+        }
+    }
 }
 
 /// A list of core ids: `0,2-5` in a flag, that or an array in the file.
@@ -194,13 +208,14 @@ options! {
     memtable_size: Size, "ANNULUS_MEMTABLE_SIZE", "SIZE";
     /// Block cache of the whole node [default: what is left of --memory]
     cache_size: Size, "ANNULUS_CACHE_SIZE", "SIZE";
-    /// Size of one commit-log segment, 1MiB to 1GiB [default: 64MiB].
-    /// Small ones make rare things (rolls) frequent in tests
+    /// Size of one commit-log segment, 64KiB to 1GiB [default: 64MiB].
+    /// Small ones return space sooner, and make rolls frequent in tests
     segment_size: Size, "ANNULUS_SEGMENT_SIZE", "SIZE";
     /// Target size of a table block, 512B to 64KiB, a multiple of 512 [default: 4KiB].
     /// Larger compresses better, reads more
     block_size: Size, "ANNULUS_BLOCK_SIZE", "SIZE";
-    /// Target size of a table, 1MiB to 4GiB [default: 64MiB]
+    /// Target size of a table, 64KiB to 4GiB [default: 256MiB].
+    /// Small ones move in smaller steps, and are more files
     table_size: Size, "ANNULUS_TABLE_SIZE", "SIZE";
     /// Compression of namespaces that do not name one [default: lz4]
     compression: Compression, "ANNULUS_COMPRESSION", "NAME", [value_enum];
@@ -209,8 +224,9 @@ options! {
     filter_bits: u32, "ANNULUS_FILTER_BITS", "BITS";
     /// Longest value that is accepted, up to 16MiB [default: 1MiB]
     value_size_max: Size, "ANNULUS_VALUE_SIZE_MAX", "SIZE";
-    /// Disk space that is never used for data; below it writes are FULL [default: 256MiB].
-    /// Enough for one compaction step of each shard; more on a disk shared with others
+    /// Disk space kept for log and compaction: nothing is accepted below it, no new data below
+    /// four times of it, and writes slow down below 16 times of it.
+    /// Raise it on a disk shared with others [default: 1/64 of the disk, at most 256MiB]
     disk_reserve: Size, "ANNULUS_DISK_RESERVE", "SIZE";
     /// Bytes a second of background work (flush excepted) per shard, at most [default: paced
     /// by latency alone]. Set it on a shared disk
@@ -295,7 +311,8 @@ pub struct Config {
     pub compression: Compression,
     pub filter_bits: u32,
     pub value_size_max: u32,
-    pub disk_reserve: u64,
+    /// None is by the size of the disk, see [`Config::disk_reserve`].
+    pub disk_reserve: Option<u64>,
     /// Bytes a second; none is paced by latency alone.
     pub background_rate: Option<u64>,
     pub connections_max: Option<u32>,
@@ -371,7 +388,7 @@ impl Config {
                 .cache_size
                 .map(|size| bytes("cache-size", size, 0, 1 << 50))
                 .transpose()?,
-            segment_size: sized("segment-size", flags.segment_size, 64 << 20, 1 << 20, 1 << 30)?,
+            segment_size: sized("segment-size", flags.segment_size, 64 << 20, 64 << 10, 1 << 30)?,
             block_size: narrow(sized(
                 "block-size",
                 flags.block_size,
@@ -379,7 +396,7 @@ impl Config {
                 DISK_ALIGNMENT as u64,
                 64 << 10,
             )?),
-            table_size: sized("table-size", flags.table_size, 64 << 20, 1 << 20, 4 << 30)?,
+            table_size: sized("table-size", flags.table_size, 256 << 20, 64 << 10, 4 << 30)?,
             compression: flags.compression.unwrap_or_default(),
             filter_bits: range("filter-bits", flags.filter_bits.unwrap_or(10), 0, 24)?,
             value_size_max: narrow(sized(
@@ -389,7 +406,10 @@ impl Config {
                 1,
                 VALUE_SIZE_CEILING as u64,
             )?),
-            disk_reserve: sized("disk-reserve", flags.disk_reserve, 256 << 20, 0, 1 << 50)?,
+            disk_reserve: flags
+                .disk_reserve
+                .map(|size| bytes("disk-reserve", size, 0, 1 << 50))
+                .transpose()?,
             background_rate: flags
                 .background_rate
                 .map(|size| bytes("background-rate", size, 1 << 20, 1 << 40))
@@ -447,12 +467,8 @@ impl Config {
                 Size(value)
             ));
         }
-        if self.segment_size < value + (64 << 10) {
-            return Err(format!(
-                "segment-size: {} cannot hold a value of {}; raise it or lower value-size-max",
-                Size(self.segment_size),
-                Size(value)
-            ));
+        if !self.segment_size.is_multiple_of(4096) {
+            return Err("segment-size: must be a multiple of 4KiB".to_owned());
         }
         let ports = [Some(self.listen), Some(self.peer_listen), self.admin_listen];
         let fixed: Vec<_> = ports.iter().flatten().filter(|address| address.port() != 0).collect();
@@ -467,6 +483,67 @@ impl Config {
     pub fn shard_count(&self, existing: Option<u32>) -> u32 {
         let by_cores = || u32::try_from(self.cores.len()).unwrap_or(SHARDS_MAX).min(SHARDS_MAX);
         existing.or(self.shards).unwrap_or_else(by_cores)
+    }
+
+    /// Disk space that is kept, on a disk of so many bytes.
+    #[must_use]
+    pub fn disk_reserve(&self, disk_total: u64) -> u64 {
+        self.disk_reserve.unwrap_or((disk_total / 64).min(256 << 20))
+    }
+
+    /// The knobs of one of so many shards, on a disk of so many bytes.
+    ///
+    /// # Errors
+    /// What was decided does not fit into `memory`, or the engine refuses a value.
+    pub fn engine_options(&self, shards: u32, disk_total: u64) -> Result<Options, String> {
+        let budget = self.budget(shards)?;
+        let defaults = Options::default();
+        let window_ms = Span(self.periodic_window).as_millis();
+        let reserve = self.disk_reserve(disk_total);
+        let record = u64::from(self.value_size_max) + (64 << 10);
+        let batch = defaults.log.batch_size as u64;
+        let pending = (budget.requests_per_shard() / 2)
+            .min(defaults.log.pending_size_max as u64)
+            .max(record.max(batch));
+        let host = |size: u64| usize::try_from(size).expect("64-bit host");
+        let options = Options {
+            log: LogOptions {
+                durability: match self.durability {
+                    Durability::Sync => options::Durability::Sync,
+                    Durability::Periodic => options::Durability::Periodic { window_ms },
+                },
+                segment_size: self.segment_size,
+                pending_size_max: host(pending),
+                write_delay_ms: defaults.log.write_delay_ms.min(window_ms),
+                ..defaults.log
+            },
+            memtable_size: host(budget.memtable_size),
+            memtables_sealed_max: host(annulus_tuning::budget::MEMTABLES_PER_SHARD - 1),
+            cache_size: host(budget.cache_per_shard()),
+            block_size: host(u64::from(self.block_size)),
+            compression: self.compression.into(),
+            filter_bits_last: self.filter_bits,
+            // Every read asks the newer runs, so a mistake there costs more.
+            filter_bits_upper: if self.filter_bits == 0 { 0 } else { self.filter_bits + 4 },
+            value_size_max: host(u64::from(self.value_size_max)),
+            space: SpaceOptions {
+                reserve,
+                refuse_below: reserve.saturating_mul(4),
+                pace_below: reserve.saturating_mul(16),
+            },
+            compaction: CompactionOptions {
+                table_size: self.table_size,
+                rate_min: defaults
+                    .compaction
+                    .rate_min
+                    .min(self.background_rate.unwrap_or(u64::MAX)),
+                rate_max: self.background_rate.unwrap_or(defaults.compaction.rate_max),
+                ..defaults.compaction
+            },
+            partition_bits: self.partition_bits,
+        };
+        options.validate().map_err(|error| error.to_string())?;
+        Ok(options)
     }
 
     /// How the memory is divided among so many shards.
@@ -657,6 +734,24 @@ mod tests {
     }
 
     #[test]
+    fn the_engine_accepts_what_was_accepted_here() {
+        for line in [
+            "",
+            "--durability periodic --periodic-window 5ms --memory 100MiB --shards 2",
+            "--filter-bits 0 --background-rate 1MiB --disk-reserve 0 --value-size-max 16MiB",
+            "--filter-bits 24 --segment-size 64KiB --table-size 64KiB --memtable-size 64KiB",
+            "--block-size 512B --compression zstd --partition-bits 0 --cache-size 0",
+        ] {
+            let config = resolve(line).unwrap();
+            for disk in [0, 1 << 30, 1 << 40] {
+                let options = config.engine_options(config.shard_count(None), disk).unwrap();
+                assert!(options.space.reserve <= disk / 64 || config.disk_reserve.is_some());
+                assert!(options.log.pending_size_max > options.value_size_max);
+            }
+        }
+    }
+
+    #[test]
     fn values_out_of_range_are_refused_with_the_range() {
         for (line, expected) in [
             ("--shards 0", "1 to 256"),
@@ -665,7 +760,7 @@ mod tests {
             ("--spin 1s", "0s to 1ms"),
             ("--block-size 1000", "multiple of 512"),
             ("--value-size-max 17MiB", "1B to 16MiB"),
-            ("--segment-size 1MiB", "cannot hold a value"),
+            ("--segment-size 1000000B", "multiple of 4KiB"),
             ("--drain-timeout 10s", "0s to 9s"),
             ("--cores 7", "core 7"),
             ("--cores x", "list of cores"),

@@ -40,6 +40,8 @@ const DEPENDENCIES: &[(&str, &str)] = &[
     ("glommio", "Apache-2.0 OR MIT"),
     ("hdrhistogram", "MIT OR Apache-2.0"),
     ("humantime", "MIT OR Apache-2.0"),
+    ("hyper", "MIT"),
+    ("hyper-util", "MIT"),
     ("indicatif", "MIT"),
     ("io-uring", "MIT OR Apache-2.0"),
     ("libc", "MIT OR Apache-2.0"),

@@ -11,8 +11,8 @@ pub const PROCESS_BYTES: u64 = 24 << 20;
 pub const SHARD_BYTES: u64 = 12 << 20;
 /// What an idle connection may cost, in bytes.
 pub const CONNECTION_BYTES: u64 = 8 << 10;
-/// Memtables of a shard that exist at once: one active, one being flushed.
-pub const MEMTABLES_PER_SHARD: u64 = 2;
+/// Memtables of a shard that exist at once: one active, two sealed.
+pub const MEMTABLES_PER_SHARD: u64 = 3;
 /// Smallest memtable that is proposed, in bytes.
 pub const MEMTABLE_PROPOSED_MIN: u64 = 1 << 20;
 /// Largest memtable that is proposed, in bytes: beyond it, flushes are no cheaper.
@@ -121,24 +121,9 @@ impl Budget {
         let memtables = memtable_size.saturating_mul(shards * MEMTABLES_PER_SHARD);
         left.take(memtables, "memtables")?;
 
-        if let Some(cache) = input.cache_size {
-            left.take(cache, "cache")?;
-            let pinned = left.rest();
-            return Ok(Budget {
-                memory: input.memory,
-                shards: input.shards.max(1),
-                fixed,
-                connections_max,
-                connections,
-                requests,
-                memtable_size,
-                memtables,
-                pinned,
-                cache,
-            });
-        }
-        let pinned = left.rest() / 4;
-        let cache = left.rest() - pinned;
+        let cache = input.cache_size.unwrap_or(left.rest() - left.rest() / 4);
+        left.take(cache, "cache")?;
+        let pinned = left.rest();
         Ok(Budget {
             memory: input.memory,
             shards: input.shards.max(1),
@@ -178,7 +163,7 @@ impl Budget {
             ("fixed", self.fixed, "process, rings, receive buffers, log and flush buffers"),
             ("connections", self.connections, "8 KiB for each connection that is allowed"),
             ("requests", self.requests, "requests and replies in flight"),
-            ("memtables", self.memtables, "two a shard: one active, one being flushed"),
+            ("memtables", self.memtables, "three a shard: one active, two sealed"),
             ("pinned", self.pinned, "filters and indexes of tables; 2 to 4 bytes a key"),
             ("cache", self.cache, "blocks read from tables"),
         ]
@@ -250,7 +235,7 @@ mod tests {
             (budget.memtable_size, budget.cache, budget.connections_max),
             (8 << 20, 100 << 20, 50)
         );
-        assert_eq!(budget.memtables, 32 << 20);
+        assert_eq!(budget.memtables, 48 << 20);
         assert!(budget.sum() <= 1 << 30);
     }
 

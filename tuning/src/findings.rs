@@ -72,7 +72,7 @@ fn fatal(area: &'static str, fact: impl Into<String>, remedy: impl Into<String>)
 pub fn judge(facts: &Facts, shards: u32, connections: u32, disk_reserve: u64) -> Vec<Finding> {
     vec![
         judge_kernel(&facts.kernel),
-        judge_io_uring(&facts.kernel),
+        judge_ring(&facts.kernel),
         judge_memlock(&facts.kernel, shards),
         judge_files(&facts.kernel, connections),
         judge_cores(&facts.host, shards),
@@ -102,7 +102,7 @@ fn judge_kernel(kernel: &Kernel) -> Finding {
     }
 }
 
-fn judge_io_uring(kernel: &Kernel) -> Finding {
+fn judge_ring(kernel: &Kernel) -> Finding {
     let allow = if kernel.container {
         "in a container, allow the calls io_uring_setup, io_uring_enter and io_uring_register: \
          start it with a seccomp profile that has them, or with \
@@ -110,7 +110,7 @@ fn judge_io_uring(kernel: &Kernel) -> Finding {
     } else {
         "look for a seccomp filter of the service manager (systemd: SystemCallFilter=~@io-uring)"
     };
-    match (&kernel.io_uring, kernel.io_uring_disabled) {
+    match (&kernel.ring, kernel.ring_disabled) {
         (IoUring::Full, _) => good("io_uring", "available, with all that is used"),
         (IoUring::Plain, _) => costly(
             "io_uring",
@@ -425,8 +425,8 @@ mod tests {
             },
             kernel: Kernel {
                 release: "6.1.0-13-amd64".into(),
-                io_uring: IoUring::Full,
-                io_uring_disabled: Some(0),
+                ring: IoUring::Full,
+                ring_disabled: Some(0),
                 container: false,
                 memlock: Some(8 << 20),
                 open_files: Some(1024),
@@ -465,7 +465,7 @@ mod tests {
 
     #[test]
     fn a_refused_ring_is_fatal_and_says_what_to_allow() {
-        for (io_uring, disabled, container, word) in [
+        for (ring, disabled, container, word) in [
             (IoUring::Denied, Some(0), true, "seccomp"),
             (IoUring::Absent, None, true, "seccomp"),
             (IoUring::Denied, Some(2), false, "sysctl"),
@@ -474,8 +474,8 @@ mod tests {
             (IoUring::NoMemory, Some(0), false, "memlock"),
         ] {
             let mut facts = facts();
-            facts.kernel.io_uring = io_uring;
-            facts.kernel.io_uring_disabled = disabled;
+            facts.kernel.ring = ring;
+            facts.kernel.ring_disabled = disabled;
             facts.kernel.container = container;
             let found = finding(&facts, "io_uring");
             assert_eq!(found.grade, Grade::Fatal);

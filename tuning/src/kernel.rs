@@ -37,9 +37,11 @@ pub struct Kernel {
     /// Its release, such as `6.1.0-13-amd64`; empty when unknown.
     pub release: String,
     /// Whether a ring could be set up.
-    pub io_uring: IoUring,
+    #[serde(rename = "io_uring")]
+    pub ring: IoUring,
     /// `kernel.io_uring_disabled`: 0 allowed, 1 for privileged or one group, 2 for nobody.
-    pub io_uring_disabled: Option<u8>,
+    #[serde(rename = "io_uring_disabled")]
+    pub ring_disabled: Option<u8>,
     /// Whether this is a container, as far as can be seen.
     pub container: bool,
     /// Memory that may be locked, in bytes; none is unlimited.
@@ -67,8 +69,8 @@ impl Kernel {
         let clock = sys::clock_state().ok();
         Kernel {
             release: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-            io_uring: probe_io_uring(),
-            io_uring_disabled: read("/proc/sys/kernel/io_uring_disabled").trim().parse().ok(),
+            ring: probe_ring(),
+            ring_disabled: read("/proc/sys/kernel/io_uring_disabled").trim().parse().ok(),
             container: ["/.dockerenv", "/run/.containerenv"].iter().any(|p| Path::new(p).exists())
                 || std::env::var_os("container").is_some()
                 || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some(),
@@ -92,7 +94,7 @@ impl Kernel {
     }
 }
 
-fn probe_io_uring() -> IoUring {
+fn probe_ring() -> IoUring {
     let wanted = sys::SETUP_SINGLE_ISSUER
         | sys::SETUP_DEFER_TASKRUN
         | sys::SETUP_COOP_TASKRUN
@@ -104,14 +106,12 @@ fn probe_io_uring() -> IoUring {
         Some(libc::ENOMEM) => IoUring::NoMemory,
         _ => IoUring::Failed(error.to_string()),
     };
-    match sys::try_io_uring(256, wanted) {
+    match sys::try_ring(256, wanted) {
         Ok(()) => IoUring::Full,
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            match sys::try_io_uring(256, 0) {
-                Ok(()) => IoUring::Plain,
-                Err(error) => judged(&error),
-            }
-        }
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match sys::try_ring(256, 0) {
+            Ok(()) => IoUring::Plain,
+            Err(error) => judged(&error),
+        },
         Err(error) => judged(&error),
     }
 }

@@ -27,7 +27,7 @@ struct RingParams {
 const _: () = assert!(size_of::<RingParams>() == 120);
 
 /// Sets up an io_uring with these flags and closes it again.
-pub(crate) fn try_io_uring(entries: u32, flags: u32) -> io::Result<()> {
+pub(crate) fn try_ring(entries: u32, flags: u32) -> io::Result<()> {
     let mut params = RingParams { sizes: [0; 2], flags, rest: [0; 27] };
     // SAFETY: the kernel reads and fills the 120 bytes of `params`, which live until it returns.
     let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, entries, &raw mut params) };
@@ -79,6 +79,6 @@ mod tests {
         assert!(space(Path::new("/no/such/place")).is_err());
         clock_state().unwrap();
         // Whether it is allowed depends on the host; an unknown flag never is.
-        assert!(try_io_uring(8, 1 << 31).is_err());
+        assert!(try_ring(8, 1 << 31).is_err());
     }
 }

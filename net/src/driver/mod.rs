@@ -1,4 +1,17 @@
-//! Being written.
+//! Sockets and the shard mesh on the shard's ring. The only place of this crate, with `client`,
+//! that touches the system.
+//!
+//! - [`tcp`]: listener, and the turn that makes events of completions.
+//! - [`connections`]: the table of connections: buffers out, back-pressure, closing, moving.
+//! - [`mesh`]: bounded queues from every shard to every other.
 
+pub mod connections;
 pub mod mesh;
 pub mod tcp;
+
+pub use connections::{ClosedBy, ConnId, Connections, Detached, Limits, SocketStats};
+pub use mesh::{Mesh, MeshPort};
+pub use tcp::{Event, Sockets, listen};
+
+#[cfg(test)]
+mod tests;

@@ -4,5 +4,6 @@
 //! `model.rs` first: it says what right answers are, in the plainest code that can say it.
 
 pub mod faults;
+pub mod log_story;
 pub mod model;
 pub mod workload;

@@ -299,23 +299,33 @@ impl<F: File> Walk<'_, F> {
         self.joined = self.joined && whole && self.next.0 == header.life_first;
         // What the next life found here; the rest is void.
         let bound = self.segments.get(after_life).map(|found| Lsn(found.header.life_after));
-        for at in index..after_life {
+        let mut at = index;
+        loop {
             let stop = self.walk_segment(at, bound, visit).await?;
             self.end.segments.push(OldSegment {
                 path: self.segments[at].path.clone(),
                 last: Lsn(self.next.0 - 1),
             });
+            // A segment that was given its name but could not be opened was never written to:
+            // the log went on in the one after it.
             let goes_on = self.segments[at + 1..after_life]
-                .first()
-                .is_some_and(|found| found.first == Some(self.next));
-            if goes_on {
-                continue;
-            }
-            self.judge(at, after_life, &stop).await?;
-            for found in &self.segments[at + 1..after_life] {
+                .iter()
+                .position(|found| found.first == Some(self.next))
+                .map(|between| at + 1 + between);
+            let next = match goes_on {
+                Some(next) => next,
+                None => {
+                    self.judge(at, after_life, &stop).await?;
+                    after_life
+                }
+            };
+            for found in &self.segments[at + 1..next] {
                 self.end.segments.push(OldSegment { path: found.path.clone(), last: Lsn::ZERO });
             }
-            break;
+            if next == after_life {
+                break;
+            }
+            at = next;
         }
         self.end.life = life;
         if bound.is_some() {

@@ -1,0 +1,117 @@
+//! The swarm: tells stories of new seeds until told to stop. A failure prints one line to replay.
+//!
+//! ```text
+//! swarm                     new seeds for ever, from the time of day
+//! swarm --seeds 200         the first 200 seeds
+//! swarm --seed 1234         one seed again
+//! swarm --seconds 600       new seeds for ten minutes
+//! swarm --story log         only stories of this kind: log
+//! ```
+//!
+//! Invariant: a story is a function of its kind and its seed, so the printed line is all that is
+//! needed. The exit code is 1 when any story failed.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use annulus_engine::sim::Chance;
+use annulus_tests::log_story::{self, LogStory};
+
+/// A kind of story: its name and how a seed becomes one.
+type Kind = (&'static str, fn(u64));
+
+const KINDS: &[Kind] = &[("log", tell_log)];
+
+/// What is being told, for the line that a panic prints even where panics abort.
+static SEED: AtomicU64 = AtomicU64::new(0);
+static KIND: AtomicU64 = AtomicU64::new(0);
+
+fn tell_log(seed: u64) {
+    let mut chance = Chance::new(seed);
+    let story = LogStory {
+        seed,
+        steps: chance.between(20, 600),
+        image_one_in: chance.between(1, 60),
+        faults: chance.one_in(2),
+    };
+    log_story::tell(story);
+}
+
+/// What was asked for.
+#[derive(Debug)]
+struct Plan {
+    first: u64,
+    count: Option<u64>,
+    until: Option<SystemTime>,
+    kinds: Vec<usize>,
+}
+
+fn parse(arguments: impl Iterator<Item = String>) -> Result<Plan, String> {
+    let now = now();
+    let since = now.duration_since(UNIX_EPOCH).map_err(|error| error.to_string())?;
+    let mut plan = Plan {
+        first: since.as_secs() << 20,
+        count: None,
+        until: None,
+        kinds: (0..KINDS.len()).collect(),
+    };
+    let mut arguments = arguments;
+    while let Some(flag) = arguments.next() {
+        let value = arguments.next().ok_or(format!("{flag} needs a value"))?;
+        let number = || value.parse::<u64>().map_err(|error| format!("{flag} {value}: {error}"));
+        match flag.as_str() {
+            "--seeds" => (plan.first, plan.count) = (0, Some(number()?)),
+            "--seed" => (plan.first, plan.count) = (number()?, Some(1)),
+            "--seconds" => plan.until = Some(now + Duration::from_secs(number()?)),
+            "--story" => {
+                let named = KINDS.iter().position(|(name, _)| *name == value);
+                plan.kinds = vec![named.ok_or(format!("no story is called {value}"))?];
+            }
+            _ => return Err(format!("{flag} is not known; see the head of swarm.rs")),
+        }
+    }
+    Ok(plan)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the swarm itself runs in real time")]
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
+fn replay_line() -> String {
+    let (kind, seed) = (KIND.load(Ordering::Relaxed), SEED.load(Ordering::Relaxed));
+    let name = usize::try_from(kind).ok().and_then(|kind| KINDS.get(kind)).map_or("?", |k| k.0);
+    format!("FAILED: cargo run -p annulus-tests --bin swarm -- --story {name} --seed {seed}")
+}
+
+fn main() -> ExitCode {
+    let plan = match parse(std::env::args().skip(1)) {
+        Ok(plan) => plan,
+        Err(problem) => {
+            eprintln!("swarm: {problem}");
+            return ExitCode::from(2);
+        }
+    };
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        println!("{}", replay_line());
+    }));
+    let (mut told, mut failed) = (0u64, 0u64);
+    for seed in plan.first.. {
+        let enough = plan.count.is_some_and(|count| seed - plan.first >= count);
+        if enough || plan.until.is_some_and(|until| now() >= until) {
+            break;
+        }
+        for kind in &plan.kinds {
+            SEED.store(seed, Ordering::Relaxed);
+            KIND.store(u64::try_from(*kind).expect("a few kinds"), Ordering::Relaxed);
+            told += 1;
+            failed += u64::from(catch_unwind(AssertUnwindSafe(|| KINDS[*kind].1(seed))).is_err());
+        }
+    }
+    println!("{told} stories, {failed} failed");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

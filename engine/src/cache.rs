@@ -27,6 +27,8 @@ const SMALL_PART: usize = 10;
 const BLOCK_PART: usize = 8;
 /// Blocks of removed tables that an insert gives up, so that their memory comes back by itself.
 const DOOMED_A_TURN: usize = 8;
+/// What a block takes at least, usually: the room for book-keeping is made for this.
+const BLOCK_BYTES_EXPECTED: usize = 3 << 10;
 /// No slot.
 const NONE: u32 = u32::MAX;
 
@@ -140,11 +142,14 @@ impl BlockCache {
     /// A cache of at most `budget` bytes, book-keeping included; 0 keeps nothing.
     #[must_use]
     pub fn new(budget: usize) -> BlockCache {
+        // Room from the start: growing would copy everything while a request waits. Untouched
+        // memory costs nothing.
+        let blocks = (budget / BLOCK_BYTES_EXPECTED).min(1 << 24);
         BlockCache {
             budget,
-            slots: Vec::new(),
+            slots: Vec::with_capacity(blocks),
             free: Vec::new(),
-            map: AHashMap::with_hasher(hasher()),
+            map: AHashMap::with_capacity_and_hasher(blocks, hasher()),
             tables: AHashMap::with_hasher(hasher()),
             small: Fifo::EMPTY,
             main: Fifo::EMPTY,
@@ -197,12 +202,13 @@ impl BlockCache {
         self.map.contains_key(&Key { table, offset })
     }
 
-    /// Takes a block in, giving others up for it. One that is here already, or too long for this
-    /// cache, changes nothing.
+    /// Takes a block in, giving others up for it. One that is here already, is too long for this
+    /// cache, or comes from a scan, changes nothing.
     pub fn insert(&mut self, table: TableId, block: Rc<Block>) {
         let key = Key { table, offset: block.handle().offset };
         let bytes = block.size() + ENTRY_OVERHEAD;
-        if bytes > self.budget / BLOCK_PART || self.map.contains_key(&key) {
+        let fits = bytes <= self.budget / BLOCK_PART && !block.is_shared();
+        if !fits || self.map.contains_key(&key) {
             return;
         }
         for _ in 0..DOOMED_A_TURN {

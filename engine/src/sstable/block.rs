@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use super::codec;
 use super::format::{
-    BlockHandle, BlockHeader, Codec, Invalid, RAW_LEN_MAX, SECTOR, SHARED_BLOCK_MAX, verify_section,
+    BlockHandle, BlockHeader, Codec, Invalid, RAW_LEN_MAX, SHARED_BLOCK_MAX, verify_section,
 };
 use crate::buffer::AlignedBuf;
 use crate::checksum;
@@ -126,7 +126,6 @@ impl Block {
 
     /// Tokens, offsets, records.
     #[inline]
-    #[expect(clippy::type_complexity, reason = "three slices, taken apart at once")]
     fn columns<'a>(&self, payload: &'a [u8]) -> (&'a [[u8; 8]], &'a [[u8; 2]], &'a [u8]) {
         let (tokens, rest) = payload.split_at(self.count * 8);
         let (offsets, records) = rest.split_at(self.count * 2);
@@ -167,6 +166,12 @@ impl Block {
             Storage::Heap(bytes) => bytes.len(),
         };
         bytes + size_of::<Block>()
+    }
+
+    /// Whether the block is a part of a scan's buffer, which it keeps in memory as a whole.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        matches!(self.storage, Storage::Shared(_))
     }
 
     /// The record at a position, in 0..`len()`.
@@ -239,13 +244,11 @@ fn lower_bound(tokens: &[[u8; 8]], token: Token) -> usize {
     tokens.partition_point(|other| u64::from_le_bytes(*other) < token.0)
 }
 
+/// A block's header, and its payload if it had to be unpacked.
+type Checked = (BlockHeader, Option<Box<[u8]>>);
+
 /// Checks lengths, checksum and header, and unpacks the payload if it is packed.
-fn check(
-    buf: &[u8],
-    at: usize,
-    handle: BlockHandle,
-    salt: u64,
-) -> Result<(BlockHeader, Option<Box<[u8]>>), Invalid> {
+fn check(buf: &[u8], at: usize, handle: BlockHandle, salt: u64) -> Result<Checked, Invalid> {
     let bytes = buf
         .get(at..)
         .and_then(|rest| rest.get(..handle.len as usize))
@@ -307,7 +310,7 @@ impl BlockBuilder {
     }
 
     /// Appends the block to `out`, as it will lie at `offset`, and starts anew. Packed only when
-    /// that saves a sector.
+    /// that saves an eighth.
     pub(crate) fn finish(
         &mut self,
         out: &mut AlignedBuf,
@@ -323,10 +326,9 @@ impl BlockBuilder {
         self.payload.extend_from_slice(&self.records);
         let raw_len = self.payload.len();
         assert!(raw_len <= RAW_LEN_MAX, "a record's length was checked when it was added");
-        let sectors = |len: usize| (HEADER + len).div_ceil(SECTOR);
         let helps = codec != Codec::None
             && packer.pack(codec, &self.payload, &mut self.packed)
-            && sectors(self.packed.len()) < sectors(raw_len);
+            && self.packed.len() <= raw_len - raw_len / 8;
         let (codec, stored) =
             if helps { (codec, &self.packed) } else { (Codec::None, &self.payload) };
         let header = BlockHeader {

@@ -5,12 +5,14 @@
 
 use std::cell::RefCell;
 
+use lz4_flex::block::CompressTable;
 use zstd::bulk::{Compressor, Decompressor};
 
 use super::format::{Codec, Invalid, RAW_LEN_MAX};
 
 /// Packs payloads; one a writer, because the tables of a compressor are worth keeping.
 pub(crate) struct Packer {
+    lz4: CompressTable,
     zstd: Option<Compressor<'static>>,
     zstd_level: i32,
 }
@@ -23,7 +25,7 @@ impl std::fmt::Debug for Packer {
 
 impl Packer {
     pub(crate) fn new(zstd_level: i32) -> Packer {
-        Packer { zstd: None, zstd_level }
+        Packer { lz4: CompressTable::large(), zstd: None, zstd_level }
     }
 
     /// Packs `raw` into `packed`, replacing its content. False when it did not get smaller.
@@ -32,7 +34,7 @@ impl Packer {
             Codec::None => None,
             Codec::Lz4 => {
                 packed.resize(lz4_flex::block::get_maximum_output_size(raw.len()), 0);
-                lz4_flex::block::compress_into(raw, packed).ok()
+                lz4_flex::block::compress_into_with_table(raw, packed, &mut self.lz4).ok()
             }
             Codec::Zstd => self.pack_zstd(raw, packed),
         };

@@ -3,14 +3,14 @@
 //! ```text
 //! offset 0          data_len                                             len - 512   len
 //! | block | block | ... | filter | index | partitions | zeros to alignment | footer  |
-//!   each a whole number of 512-byte sectors, each with a salted checksum
+//!   each a whole number of 16 bytes, the sections of 512; each with a salted checksum
 //! ```
 //!
 //! | section | in memory while open | file |
 //! |---|---|---|
 //! | blocks: token column, offsets, records; none, LZ4 or zstd | no, `cache.rs` holds some | `block.rs` |
 //! | filter: blocked bloom, one cache line a probe | yes | `filter.rs` |
-//! | index: first token and sector of each block | yes, with a radix directory | `index.rs` |
+//! | index: first token and place of each block | yes, with a radix directory | `index.rs` |
 //! | partitions: which arcs and incarnations, how much of each | yes | `format.rs` |
 //! | footer: where the sections are, counts, bounds | yes, as [`TableMeta`] | `format.rs` |
 //!

@@ -4,6 +4,8 @@
 //! read is decided by pure code ([`Table::may_contain`], [`Table::locate`]); one await fetches the
 //! block; pure code searches it. Damage is `Corrupt`, which means unknown, never absent.
 
+use std::ops::Range;
+
 use super::block::Block;
 use super::filter::BlockedBloom;
 use super::format::{
@@ -19,6 +21,8 @@ use crate::model::{NamespaceId, Record, Token, TokenRange};
 
 /// Bytes that one read of a section takes.
 const SECTION_READ: usize = 1 << 20;
+/// Pages of a file system: what lies between their borders can be given back.
+const PUNCH_UNIT: u64 = 4096;
 
 /// One open table.
 #[derive(Debug)]
@@ -145,10 +149,19 @@ impl<F: File> Table<F> {
     }
 
     /// Where in the file the blocks lie whose tokens are all in the range: what may be punched
-    /// when the range has been consumed.
+    /// when the range has been consumed. Rounded in to the pages of a file system.
     #[must_use]
-    pub fn bytes_inside(&self, range: TokenRange) -> std::ops::Range<u64> {
-        self.index.bytes(self.index.inside(range))
+    pub fn bytes_inside(&self, range: TokenRange) -> Range<u64> {
+        let bytes = self.index.bytes(self.index.inside(range));
+        let start = bytes.start.next_multiple_of(PUNCH_UNIT);
+        start..(bytes.end - bytes.end % PUNCH_UNIT).max(start)
+    }
+
+    /// What to read in order to hold a block: offset and length, rounded out to the device's units.
+    #[must_use]
+    pub fn read_range(&self, handle: BlockHandle) -> (u64, usize) {
+        let (start, _, len) = round_out(&self.file, handle.offset, handle.len as usize);
+        (start, len)
     }
 
     /// Reads one block and checks it. One device read.
@@ -161,12 +174,13 @@ impl<F: File> Table<F> {
         self.check(handle, Block::parse(buf, at, handle, self.identity.salt))
     }
 
-    /// Checks bytes that were read from `handle.offset`, at least `handle.len` of them.
+    /// Checks the bytes that [`Table::read_range`] names, for a caller who reads by himself.
     ///
     /// # Errors
     /// `Corrupt` when the block fails its check.
     pub fn parse_block(&self, bytes: AlignedBuf, handle: BlockHandle) -> Result<Block> {
-        self.check(handle, Block::parse(bytes, 0, handle, self.identity.salt))
+        let (_, at, _) = round_out(&self.file, handle.offset, handle.len as usize);
+        self.check(handle, Block::parse(bytes, at, handle, self.identity.salt))
     }
 
     pub(crate) fn check(
@@ -245,7 +259,15 @@ pub async fn read_footer<F: File>(file: &F, identity: &TableIdentity) -> Result<
     Footer::parse(&buf[at..at + SECTOR], len, identity)
 }
 
-/// Reads a span of whole sectors, rounded out to the device's units; the span begins at the
+/// A span rounded out to the device's units: where it starts, where the span begins in it, length.
+fn round_out<F: File>(file: &F, offset: u64, len: usize) -> (u64, usize, usize) {
+    let unit = file.alignment();
+    let start = offset - offset % unit as u64;
+    let at = usize::try_from(offset - start).expect("below the alignment");
+    (start, at, (at + len).next_multiple_of(unit))
+}
+
+/// Reads a span, rounded out to the device's units; the span begins at the
 /// returned position of the buffer and is complete.
 pub(crate) async fn read_span<F: File>(
     file: &F,
@@ -253,10 +275,8 @@ pub(crate) async fn read_span<F: File>(
     offset: u64,
     len: usize,
 ) -> Result<(AlignedBuf, usize)> {
-    let unit = file.alignment() as u64;
-    let start = offset - offset % unit;
-    let at = usize::try_from(offset - start).expect("below the alignment");
-    let buf = file.read_at(start, (at + len).next_multiple_of(file.alignment())).await?;
+    let (start, at, rounded) = round_out(file, offset, len);
+    let buf = file.read_at(start, rounded).await?;
     if buf.len() < at + len {
         return Err(corrupt(&identity.path, offset, "the file ends before its footer says"));
     }

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::model::{Dot, Kind, NamespaceId, OriginId, Record, Timestamp, Token};
 
 /// A file in memory that counts its reads.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct MemFile {
     pub(crate) bytes: Rc<RefCell<Vec<u8>>>,
     pub(crate) reads: Rc<Cell<usize>>,

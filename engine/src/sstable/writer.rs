@@ -15,8 +15,8 @@ use super::block::{self, BlockBuilder};
 use super::codec::Packer;
 use super::filter::BlockedBloom;
 use super::format::{
-    BLOCKS_MAX, Codec, FORMAT_VERSION, Footer, MAGIC, PartitionRun, RAW_LEN_MAX, SECTOR,
-    TableIdentity, TableMeta, encode_partitions,
+    BLOCK_UNIT, BLOCKS_MAX, Codec, DATA_LEN_MAX, FORMAT_VERSION, Footer, MAGIC, PartitionRun,
+    RAW_LEN_MAX, SECTOR, TableIdentity, TableMeta, encode_partitions,
 };
 use super::index::IndexBuilder;
 use crate::buffer::AlignedBuf;
@@ -202,6 +202,9 @@ impl<F: File> TableWriter<F> {
         if self.index.block_count() >= BLOCKS_MAX || self.index.separator_bytes() > (1 << 31) {
             return invalid("a table has too many blocks");
         }
+        if self.data_bytes() + len as u64 + SECTOR as u64 > DATA_LEN_MAX {
+            return invalid("a table holds at most 64 GiB");
+        }
         Ok(())
     }
 
@@ -251,12 +254,12 @@ impl<F: File> TableWriter<F> {
 
     /// Whether the open block should close before a record of this length.
     fn is_full_before(&self, len: usize, codec: Codec) -> bool {
-        let (now, with) = (self.block.raw_len(), self.block.raw_len_with(len));
+        let with = self.block.raw_len_with(len);
         if !self.block.has_room(len) {
             return true;
         }
         if codec == Codec::None || self.dominant_codec() == Codec::None {
-            return closes_before(now, with, self.options.block_size);
+            return with + block::HEADER > self.options.block_size;
         }
         // Aim at the target after packing, by what the last blocks shrank to.
         let target =
@@ -278,7 +281,6 @@ impl<F: File> TableWriter<F> {
     fn close_block(&mut self) {
         let Some(first_token) = self.block.first_token() else { return };
         let offset = self.written + self.out.len() as u64;
-        let sector = u32::try_from(offset / SECTOR as u64).expect("a table is below 2 TiB");
         let codec = self.dominant_codec();
         let raw_len = self.block.raw_len();
         let handle =
@@ -288,7 +290,7 @@ impl<F: File> TableWriter<F> {
             self.packed_ratio = (self.packed_ratio * 3 + ratio) / 4;
         }
         self.asked = [0; Codec::ALL.len()];
-        self.index.push(first_token, sector);
+        self.index.push(first_token, unit(offset));
     }
 
     /// Whether a write's worth of bytes waits: call [`TableWriter::flush`] soon.
@@ -351,12 +353,15 @@ impl<F: File> TableWriter<F> {
         self.close_block();
         let salt = self.identity.salt;
         let filter = self.build_filter().await;
+        let end_unit = unit(self.written + self.out.len() as u64);
+        // Flushing keeps what is left below a device unit, so the buffer's length is in step with
+        // the file's as far as sectors go.
+        self.out.pad_to(SECTOR);
         let data_len = self.written + self.out.len() as u64;
         let filter_len = self.append(&filter.encode(salt, data_len)).await?;
         drop(filter);
-        let end_sector = u32::try_from(data_len / SECTOR as u64).expect("a table is below 2 TiB");
         let index_at = data_len + filter_len;
-        let index = self.index.encode(end_sector, self.last.token, salt, index_at);
+        let index = self.index.encode(end_unit, self.last.token, salt, index_at);
         let index_len = self.append(&index).await?;
         let partitions = encode_partitions(&self.partitions, salt, index_at + index_len);
         let partitions_len = self.append(&partitions).await?;
@@ -396,22 +401,9 @@ impl<F: File> TableWriter<F> {
     }
 }
 
-/// Whether an unpacked block of `now` bytes closes before it would grow to `with`.
-///
-/// Up to the target it never does. Past it, up to a quarter more is allowed when that wastes a
-/// smaller share on the padding of the last sector: four records of 1 KiB take 4,608 bytes and
-/// waste 5 %, three take 3,584 and waste 8 %.
-fn closes_before(now: usize, with: usize, target: usize) -> bool {
-    let (now, with) = (now + block::HEADER, with + block::HEADER);
-    if with <= target {
-        return false;
-    }
-    if now >= target || with > target + target / 4 {
-        return true;
-    }
-    let stored = |len: usize| len.next_multiple_of(SECTOR);
-    // now / stored(now) >= with / stored(with), without division.
-    now * stored(with) >= with * stored(now)
+/// The ordinal of the [`BLOCK_UNIT`] at an offset.
+fn unit(offset: u64) -> u32 {
+    u32::try_from(offset / BLOCK_UNIT as u64).expect("a table's length is checked in `add`")
 }
 
 /// Lets other tasks run once.
@@ -429,20 +421,5 @@ impl Future for YieldOnce {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_block_closes_where_padding_wastes_least() {
-        // Records of 1,060 bytes: three leave 388 of 3,584, four leave 352 of 4,608.
-        assert!(!closes_before(3 * 1060, 4 * 1060, 4096));
-        // Never past a quarter above the target, and never without need.
-        assert!(closes_before(2 * 1900, 3 * 1900, 4096));
-        assert!(!closes_before(100, 200, 4096));
-        assert!(closes_before(4090, 4200, 4096));
     }
 }

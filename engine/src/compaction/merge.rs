@@ -1,1 +1,388 @@
-//! Being written.
+//! K-way merge of sorted sources by `(token, namespace, key)`. Pure: it never waits.
+//!
+//! Sources hand out records from memory and may run dry; the merge then names the source to
+//! refill and goes on where it was. Versions of one key meet in `merge_records`, so the result
+//! does not depend on the order of the sources. Invariant: records come out in strictly ascending
+//! order, and each key of any source comes out exactly once or was allowed to go by [`Retention`].
+//! Off both paths: compaction and scans.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use crate::model::merge::{Merged, merge_records};
+use crate::model::{Record, RecordRef, Token, WallMicros};
+
+/// Sorted records, some of them in memory.
+pub trait Source {
+    /// Token of the next record, if it is in memory.
+    fn token(&self) -> Option<Token>;
+    /// The next record.
+    ///
+    /// # Panics
+    /// When [`Source::token`] is `None`.
+    fn record(&self) -> RecordRef<'_>;
+    /// Goes to the record after the next.
+    fn advance(&mut self);
+    /// Whether nothing follows what is in memory.
+    fn is_finished(&self) -> bool;
+}
+
+/// Which records may go. The shard answers; in a cluster from what all replicas have seen.
+pub trait Retention {
+    /// Whether the record belongs to an incarnation of its partition that was dropped: it goes
+    /// wherever it is met, before it is compared with others.
+    fn is_dropped(&self, record: &RecordRef<'_>) -> bool;
+    /// Whether a tombstone or an expired record may be forgotten. Asked only where nothing older
+    /// of its key is left in this shard.
+    fn is_purgeable(&self, record: &RecordRef<'_>) -> bool;
+}
+
+/// Nothing was dropped, and every dead record may go: a shard without replicas.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PurgeAll;
+
+impl Retention for PurgeAll {
+    fn is_dropped(&self, _record: &RecordRef<'_>) -> bool {
+        false
+    }
+    fn is_purgeable(&self, _record: &RecordRef<'_>) -> bool {
+        true
+    }
+}
+
+/// What the merge wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// [`Merge::record`] is the next record; then [`Merge::advance`].
+    Ready,
+    /// A key went away; ask again. Returned so that long stretches of dead keys can be cut.
+    Gone,
+    /// Refill this source, then ask again.
+    Dry(usize),
+    /// Every source has ended.
+    Finished,
+}
+
+/// The record that the current key merged to.
+#[derive(Debug)]
+enum Winner {
+    Source(usize),
+    New(Box<Record>),
+}
+
+/// Counts of a merge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct MergeStats {
+    /// Records read.
+    pub read: u64,
+    /// Records of dropped incarnations.
+    pub dropped: u64,
+    /// Tombstones and expired records that were forgotten.
+    pub purged: u64,
+    /// Records given out.
+    pub kept: u64,
+}
+
+/// A merge of sorted sources.
+#[derive(Debug)]
+pub struct Merge<S> {
+    sources: Vec<S>,
+    /// Heads of the sources that are in memory and not in `same`.
+    heads: BinaryHeap<Reverse<(Token, usize)>>,
+    /// Sources whose head must be looked at anew.
+    moved: Vec<usize>,
+    /// Sources whose head is the current key.
+    same: Vec<usize>,
+    winner: Option<Winner>,
+    /// Records that are dead at this moment may be purged, if anything may.
+    now: WallMicros,
+    is_bottom: bool,
+    stats: MergeStats,
+}
+
+impl<S: Source> Merge<S> {
+    /// A merge as of `now`. `is_bottom` says that nothing older than the sources is left, so that
+    /// dead records hide nothing.
+    #[must_use]
+    pub fn new(sources: Vec<S>, now: WallMicros, is_bottom: bool) -> Merge<S> {
+        let moved = (0..sources.len()).rev().collect();
+        Merge {
+            heads: BinaryHeap::with_capacity(sources.len()),
+            moved,
+            same: Vec::with_capacity(sources.len()),
+            winner: None,
+            sources,
+            now,
+            is_bottom,
+            stats: MergeStats::default(),
+        }
+    }
+
+    /// The sources, to refill one.
+    pub fn sources_mut(&mut self) -> &mut [S] {
+        &mut self.sources
+    }
+
+    /// Counts so far.
+    #[must_use]
+    pub fn stats(&self) -> MergeStats {
+        self.stats
+    }
+
+    /// Finds the next record, if memory holds enough to say which it is.
+    pub fn poll<R: Retention + ?Sized>(&mut self, retention: &R) -> Step {
+        if self.winner.is_some() {
+            return Step::Ready;
+        }
+        while let Some(&index) = self.moved.last() {
+            let source = &self.sources[index];
+            match source.token() {
+                Some(token) => self.heads.push(Reverse((token, index))),
+                None if source.is_finished() => {}
+                None => return Step::Dry(index),
+            }
+            self.moved.pop();
+        }
+        if !self.take_next_key() {
+            return Step::Finished;
+        }
+        self.merge_versions(retention);
+        let is_kept = match &self.winner {
+            None => false,
+            Some(winner) => {
+                let record = self.record_of(winner);
+                let purged = self.is_bottom
+                    && !record.is_live(self.now)
+                    && retention.is_purgeable(&record);
+                self.stats.purged += u64::from(purged);
+                !purged
+            }
+        };
+        if is_kept {
+            self.stats.kept += 1;
+            return Step::Ready;
+        }
+        self.advance();
+        Step::Gone
+    }
+
+    /// The current record, after [`Step::Ready`].
+    ///
+    /// # Panics
+    /// When `poll` has not said so.
+    #[must_use]
+    pub fn record(&self) -> RecordRef<'_> {
+        self.record_of(self.winner.as_ref().expect("poll said that a record is ready"))
+    }
+
+    /// Goes past the current key in every source.
+    pub fn advance(&mut self) {
+        self.winner = None;
+        for index in self.same.drain(..) {
+            self.sources[index].advance();
+            self.stats.read += 1;
+            self.moved.push(index);
+        }
+    }
+
+    fn record_of<'a>(&'a self, winner: &'a Winner) -> RecordRef<'a> {
+        match winner {
+            Winner::Source(index) => self.sources[*index].record(),
+            Winner::New(record) => record.as_ref(),
+        }
+    }
+
+    /// Moves the sources that hold the smallest key from `heads` to `same`.
+    fn take_next_key(&mut self) -> bool {
+        let Some(Reverse((token, first))) = self.heads.pop() else { return false };
+        self.same.push(first);
+        while let Some(&Reverse((other, index))) = self.heads.peek()
+            && other == token
+        {
+            self.heads.pop();
+            self.same.push(index);
+        }
+        if self.same.len() > 1 {
+            // Equal tokens are mostly one key; where they are not, the greater ones go back.
+            let least = self.same.iter().map(|&index| self.sources[index].record());
+            let least = least.min_by(RecordRef::cmp_by_key).expect("two or more");
+            let (sources, heads) = (&self.sources, &mut self.heads);
+            self.same.retain(|&index| {
+                let is_least = sources[index].record().cmp_by_key(&least).is_eq();
+                if !is_least {
+                    heads.push(Reverse((token, index)));
+                }
+                is_least
+            });
+        }
+        true
+    }
+
+    /// Merges the heads of `same` into `winner`; none when all of them were dropped.
+    fn merge_versions<R: Retention + ?Sized>(&mut self, retention: &R) {
+        let mut winner: Option<Winner> = None;
+        for &index in &self.same {
+            let record = self.sources[index].record();
+            if retention.is_dropped(&record) {
+                self.stats.dropped += 1;
+                continue;
+            }
+            winner = Some(match winner {
+                None => Winner::Source(index),
+                Some(best) => match merge_records(&self.record_of(&best), &record) {
+                    Merged::First => best,
+                    Merged::Second => Winner::Source(index),
+                    Merged::New(merged) => Winner::New(Box::new(merged)),
+                },
+            });
+        }
+        self.winner = winner;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Dot, Kind, NamespaceId, OriginId, Timestamp};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// Records that come into memory a few at a time.
+    struct Batches {
+        records: Vec<Record>,
+        next: usize,
+        in_memory: usize,
+        batch: usize,
+    }
+
+    impl Source for Batches {
+        fn token(&self) -> Option<Token> {
+            (self.next < self.in_memory).then(|| self.records[self.next].token)
+        }
+        fn record(&self) -> RecordRef<'_> {
+            assert!(self.next < self.in_memory);
+            self.records[self.next].as_ref()
+        }
+        fn advance(&mut self) {
+            self.next += 1;
+        }
+        fn is_finished(&self) -> bool {
+            self.in_memory == self.records.len()
+        }
+    }
+
+    type Key = (Token, NamespaceId, Vec<u8>);
+
+    fn record() -> impl Strategy<Value = Record> {
+        // Few tokens and keys, so that versions, and different keys of one token, meet often.
+        (0u64..4, 0u32..2, 0u8..4, 1u64..60, any::<bool>(), 0u64..20, 0u32..3).prop_map(
+            |(token, namespace, key, stamp, live, expiry_ms, incarnation)| Record {
+                token: Token(token << 60),
+                namespace: NamespaceId(namespace),
+                incarnation,
+                kind: if live { Kind::Put } else { Kind::Delete },
+                // One write has one stamp: equal versions are equal records.
+                dot: Dot { origin: OriginId(incarnation), sequence: stamp },
+                timestamp: Timestamp(stamp),
+                expiry_ms: if live { expiry_ms } else { 0 },
+                key: vec![key + 1],
+                value: if live { stamp.to_le_bytes().to_vec() } else { Vec::new() },
+            },
+        )
+    }
+
+    struct Rules;
+    impl Retention for Rules {
+        fn is_dropped(&self, record: &RecordRef<'_>) -> bool {
+            record.incarnation == 0
+        }
+        fn is_purgeable(&self, record: &RecordRef<'_>) -> bool {
+            record.timestamp.0 % 2 == 0
+        }
+    }
+
+    fn key_of(record: &Record) -> Key {
+        (record.token, record.namespace, record.key.clone())
+    }
+
+    /// Sources with each key at most once, as tables have it.
+    fn sources(tables: &[Vec<Record>], batch: usize) -> Vec<Batches> {
+        tables
+            .iter()
+            .map(|table| {
+                let sorted: BTreeMap<Key, Record> =
+                    table.iter().map(|record| (key_of(record), record.clone())).collect();
+                Batches { records: sorted.into_values().collect(), next: 0, in_memory: 0, batch }
+            })
+            .collect()
+    }
+
+    fn run(mut merge: Merge<Batches>) -> (Vec<Record>, MergeStats) {
+        let mut merged = Vec::new();
+        loop {
+            match merge.poll(&Rules) {
+                Step::Ready => {
+                    merged.push(merge.record().to_owned());
+                    merge.advance();
+                }
+                Step::Gone => {}
+                Step::Dry(index) => {
+                    let source = &mut merge.sources_mut()[index];
+                    source.in_memory = (source.in_memory + source.batch).min(source.records.len());
+                }
+                Step::Finished => return (merged, merge.stats()),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_merge_is_what_a_map_of_newest_versions_holds(
+            tables in prop::collection::vec(prop::collection::vec(record(), 0..20), 0..7),
+            batch in 1usize..5, now in 0u64..20_000, is_bottom: bool,
+        ) {
+            let now = WallMicros(now);
+            let mut model: BTreeMap<Key, Record> = BTreeMap::new();
+            let made = sources(&tables, batch);
+            let read: usize = made.iter().map(|source| source.records.len()).sum();
+            for record in made.iter().flat_map(|source| &source.records) {
+                if record.incarnation == 0 {
+                    continue;
+                }
+                let best = model.entry(key_of(record)).or_insert_with(|| record.clone());
+                if record.as_ref().version() > best.as_ref().version() {
+                    *best = record.clone();
+                }
+            }
+            model.retain(|_, record| {
+                !is_bottom || record.as_ref().is_live(now) || record.timestamp.0 % 2 == 1
+            });
+            let (merged, stats) = run(Merge::new(made, now, is_bottom));
+            let expected: Vec<_> = model.into_values().map(|r| (key_of(&r), r.as_ref().version().0)).collect();
+            let found: Vec<_> = merged.iter().map(|r| (key_of(r), r.as_ref().version().0)).collect();
+            prop_assert_eq!(found, expected);
+            prop_assert_eq!((stats.read, stats.kept), (read as u64, merged.len() as u64));
+        }
+    }
+
+    #[test]
+    fn many_keys_of_one_token_come_out_in_the_order_of_keys() {
+        let record = |key: u32, stamp: u64| Record {
+            token: Token(7),
+            namespace: NamespaceId(0),
+            incarnation: 1,
+            kind: Kind::Put,
+            dot: Dot { origin: OriginId(1), sequence: stamp },
+            timestamp: Timestamp(stamp),
+            expiry_ms: 0,
+            key: key.to_be_bytes().to_vec(),
+            value: Vec::new(),
+        };
+        let tables: Vec<Vec<Record>> =
+            (1..=3).map(|n| (0..2000).map(|key| record(key * n, u64::from(n))).collect()).collect();
+        let (merged, _) = run(Merge::new(sources(&tables, 100), WallMicros(0), true));
+        assert!(merged.is_sorted_by(|a, b| a.key < b.key));
+        // Keys 0..2000, the evens to 4000, the multiples of 3 to 6000.
+        assert_eq!(merged.len(), 2000 + 1000 + 667 - 333 + 1000 - 334 + 333 - 333);
+    }
+}

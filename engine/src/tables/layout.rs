@@ -7,6 +7,7 @@
 //! (`TableSet`) all work on this one description.
 
 use std::cell::OnceCell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use super::arcs::Arcs;
@@ -164,12 +165,14 @@ impl Layout {
     pub fn apply(&self, edit: &TableSetEdit) -> Result<Layout, String> {
         let mut next = if edit.whole { Layout::default() } else { self.clone() };
         next.arcs = OnceCell::new();
-        for &id in &edit.removed {
-            next.remove(id)?;
-        }
+        next.remove(&edit.removed)?;
+        let mut ids: BTreeSet<TableId> = match edit.added.is_empty() {
+            true => BTreeSet::new(),
+            false => next.entries().map(|entry| entry.id()).collect(),
+        };
         let mut last_added = false;
         for table in &edit.added {
-            if next.entries().any(|entry| entry.id() == table.summary.id) {
+            if !ids.insert(table.summary.id) {
                 return Err(format!("table {} is added twice", table.summary.id.0));
             }
             next.next_table = next.next_table.max(table.summary.id.0.saturating_add(1));
@@ -193,10 +196,7 @@ impl Layout {
             next.check_last()?;
         }
         next.consume(&edit.consumed)?;
-        for id in &edit.shared {
-            let shared = |entry: &mut Rc<Entry>| Rc::make_mut(entry).shared = true;
-            next.entry_mut(*id).map(shared).ok_or(format!("shared table {} is not live", id.0))?;
-        }
+        next.share(&edit.shared)?;
         next.released = next.released.max(edit.released.unwrap_or_default());
         next.hand = edit.hand.unwrap_or(next.hand);
         next.next_table = next.next_table.max(edit.next_table);
@@ -224,18 +224,25 @@ impl Layout {
         }
     }
 
-    fn entry_mut(&mut self, id: TableId) -> Option<&mut Rc<Entry>> {
-        self.upper.iter_mut().chain(&mut self.last).find(|entry| entry.id() == id)
+    fn remove(&mut self, removed: &[TableId]) -> Result<(), String> {
+        let mut left: BTreeSet<TableId> = removed.iter().copied().collect();
+        if !left.is_empty() {
+            self.upper.retain(|entry| !left.remove(&entry.id()));
+            self.last.retain(|entry| !left.remove(&entry.id()));
+        }
+        left.first().map_or(Ok(()), |id| Err(format!("removed table {} is not live", id.0)))
     }
 
-    fn remove(&mut self, id: TableId) -> Result<(), String> {
-        for level in [&mut self.upper, &mut self.last] {
-            if let Some(place) = level.iter().position(|entry| entry.id() == id) {
-                level.remove(place);
-                return Ok(());
+    fn share(&mut self, shared: &[TableId]) -> Result<(), String> {
+        let mut left: BTreeSet<TableId> = shared.iter().copied().collect();
+        if !left.is_empty() {
+            for entry in self.upper.iter_mut().chain(&mut self.last) {
+                if left.remove(&entry.id()) && !entry.shared {
+                    Rc::make_mut(entry).shared = true;
+                }
             }
         }
-        Err(format!("removed table {} is not live", id.0))
+        left.first().map_or(Ok(()), |id| Err(format!("shared table {} is not live", id.0)))
     }
 
     fn consume(&mut self, parts: &[Consumed]) -> Result<(), String> {

@@ -110,9 +110,11 @@ pub struct CompactionOptions {
     /// Bytes of newer runs that may lie above the last level, as a fraction of it, 0.05 to 2.
     /// Default 0.3. Less saves space, more saves writes.
     pub space_target: f64,
-    /// Most runs that a read may have to ask, 4 to 256. Default 24.
+    /// Most runs that a read may have to ask, 4 to 256. Default 64: runs cost a read one filter
+    /// probe each, merging them earlier costs writes (see `compaction/plan.rs`).
     pub runs_max: usize,
-    /// Bytes of a table of the last level, before it is cut. Default 256 MiB.
+    /// Bytes of a table of the last level, before it is cut. Default 64 MiB. It is also what a
+    /// compaction step rewrites, hence its extra space; very large shards want fewer files.
     pub table_size: u64,
     /// Bytes read and merged between two looks at other work. Default 1 MiB.
     pub step_size: usize,
@@ -128,8 +130,8 @@ impl Default for CompactionOptions {
     fn default() -> CompactionOptions {
         CompactionOptions {
             space_target: 0.3,
-            runs_max: 24,
-            table_size: 256 << 20,
+            runs_max: 64,
+            table_size: 64 << 20,
             step_size: 1 << 20,
             rate_min: 32 << 20,
             rate_max: 2 << 30,

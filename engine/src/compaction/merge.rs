@@ -10,7 +10,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::model::merge::{Merged, merge_records};
-use crate::model::{Record, RecordRef, Token, WallMicros};
+use crate::model::siblings::KeyState;
+use crate::model::{Kind, Record, RecordRef, Token, WallMicros};
 
 /// Sorted records, some of them in memory.
 pub trait Source {
@@ -151,9 +152,8 @@ impl<S: Source> Merge<S> {
             None => false,
             Some(winner) => {
                 let record = self.record_of(winner);
-                let purged = self.is_bottom
-                    && !record.is_live(self.now)
-                    && retention.is_purgeable(&record);
+                let purged =
+                    self.is_bottom && is_dead(&record, self.now) && retention.is_purgeable(&record);
                 self.stats.purged += u64::from(purged);
                 !purged
             }
@@ -188,7 +188,7 @@ impl<S: Source> Merge<S> {
     fn record_of<'a>(&'a self, winner: &'a Winner) -> RecordRef<'a> {
         match winner {
             Winner::Source(index) => self.sources[*index].record(),
-            Winner::New(record) => record.as_ref(),
+            Winner::New(record) => Record::as_ref(record),
         }
     }
 
@@ -240,10 +240,20 @@ impl<S: Source> Merge<S> {
     }
 }
 
+/// Whether the record gives no reader a value at `now`.
+fn is_dead(record: &RecordRef<'_>, now: WallMicros) -> bool {
+    match record.kind {
+        Kind::Siblings => {
+            KeyState::of_record(record).is_ok_and(|state| state.live(now).next().is_none())
+        }
+        Kind::Put | Kind::Delete => !record.is_live(now),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Dot, Kind, NamespaceId, OriginId, Timestamp};
+    use crate::model::{Dot, NamespaceId, OriginId, Timestamp};
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -297,7 +307,7 @@ mod tests {
             record.incarnation == 0
         }
         fn is_purgeable(&self, record: &RecordRef<'_>) -> bool {
-            record.timestamp.0 % 2 == 0
+            record.timestamp.0.is_multiple_of(2)
         }
     }
 
@@ -350,7 +360,8 @@ mod tests {
                     continue;
                 }
                 let best = model.entry(key_of(record)).or_insert_with(|| record.clone());
-                if record.as_ref().version() > best.as_ref().version() {
+                let rank = |record: &Record| (record.incarnation, record.as_ref().version());
+                if rank(record) > rank(best) {
                     *best = record.clone();
                 }
             }

@@ -30,6 +30,7 @@
 //! compactor asks after each flush and step.
 
 use crate::model::{Token, TokenRange, WallMicros};
+use crate::options::Options;
 use crate::sstable::TableId;
 use crate::tables::edit::{AddedTable, Consumed, Level, TableSetEdit};
 use crate::tables::layout::{Entry, Layout, to_f64};
@@ -71,6 +72,25 @@ impl Default for PlanOptions {
             expired_target: 0.5,
         }
     }
+}
+
+impl PlanOptions {
+    /// The part of a shard's options that planning needs.
+    #[must_use]
+    pub fn of(options: &Options) -> PlanOptions {
+        PlanOptions {
+            partition_bits: options.partition_bits,
+            table_size: options.compaction.table_size,
+            memtable_size: to_u64_len(options.memtable_size),
+            space_target: options.compaction.space_target,
+            runs_max: options.compaction.runs_max,
+            ..PlanOptions::default()
+        }
+    }
+}
+
+fn to_u64_len(size: usize) -> u64 {
+    u64::try_from(size).expect("a length fits 64 bits")
 }
 
 /// How eager to be.
@@ -148,6 +168,8 @@ pub struct Pressure {
     pub last: f64,
     /// Upper bytes from which the hand moves.
     pub allowed: f64,
+    /// Bytes of a memtable: what a flush adds at once.
+    pub memtable: f64,
 }
 
 impl Pressure {
@@ -166,6 +188,7 @@ impl Pressure {
             last,
             // A store of a few memtables may keep them all: space counts only beyond that.
             allowed: (options.space_target * last).max(4.0 * to_f64(options.memtable_size)),
+            memtable: to_f64(options.memtable_size),
         }
     }
 
@@ -259,7 +282,10 @@ fn step_range(layout: &Layout, options: &PlanOptions, start: Token) -> TokenRang
             let weight = layout.upper_within(&gap);
             if weight > 2.0 * target {
                 let end = taken.map(|token| end_of_partition(token, options).min(border));
-                return TokenRange { first, last: end.unwrap_or(cut(&gap, target / weight, options)) };
+                return TokenRange {
+                    first,
+                    last: end.unwrap_or(cut(&gap, target / weight, options)),
+                };
             }
             bytes += weight;
             taken = Some(border);
@@ -304,7 +330,11 @@ fn cut(range: &TokenRange, share: f64, options: &PlanOptions) -> Token {
     end_of_partition(token, options).min(range.last)
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate, not negative")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "an estimate, not negative"
+)]
 fn to_u64(bytes: f64) -> u64 {
     bytes as u64
 }
@@ -399,7 +429,8 @@ impl Cutter {
         let ahead = self.ahead;
         self.ahead = self.ahead.saturating_sub(size);
         let Some(previous) = previous.filter(|&previous| previous != token) else { return false };
-        let border = previous.partition(self.partition_bits) != token.partition(self.partition_bits);
+        let border =
+            previous.partition(self.partition_bits) != token.partition(self.partition_bits);
         let full = written >= self.table_size && (border || written >= self.table_size * 2);
         // A small rest is better off in this table than in one of its own.
         full && (ahead >= self.table_size / 3 || written >= self.table_size * 3)

@@ -55,7 +55,11 @@ impl Arcs {
             let token = cuts[index].0;
             while index < cuts.len() && cuts[index].0 == token {
                 let (_, begins, place) = cuts[index];
-                if begins { live.insert(place) } else { live.remove(&place) };
+                if begins {
+                    live.insert(place)
+                } else {
+                    live.remove(&place)
+                };
                 index += 1;
             }
             arcs.push(token, &live, upper);

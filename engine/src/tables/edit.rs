@@ -129,8 +129,7 @@ impl TableSetEdit {
         put(&mut out, self.hand.map_or(0, |token| token.0));
         put(&mut out, self.next_table);
         put(&mut out, self.next_order);
-        for count in
-            [self.added.len(), self.removed.len(), self.consumed.len(), self.shared.len()]
+        for count in [self.added.len(), self.removed.len(), self.consumed.len(), self.shared.len()]
         {
             let count = u32::try_from(count).expect("fewer tables than 2^32");
             out.extend_from_slice(&count.to_le_bytes());
@@ -158,7 +157,10 @@ impl TableSetEdit {
     pub fn decode(bytes: &[u8]) -> Result<TableSetEdit, String> {
         let mut reader = Reader { bytes };
         if bytes.len() < HEADER_SIZE {
-            return Err(format!("an edit of {} bytes, the shortest has {HEADER_SIZE}", bytes.len()));
+            return Err(format!(
+                "an edit of {} bytes, the shortest has {HEADER_SIZE}",
+                bytes.len()
+            ));
         }
         let stored = reader.u32();
         let computed = crc32c::crc32c(&bytes[4..]);
@@ -217,10 +219,13 @@ impl TableSetEdit {
 /// | 80 | 8 | written | ms |
 fn encode_added(out: &mut Vec<u8>, table: &AddedTable) {
     let summary = &table.summary;
-    put(out, match table.level {
-        Level::Last => 0,
-        Level::Upper { order } => order + 1,
-    });
+    put(
+        out,
+        match table.level {
+            Level::Last => 0,
+            Level::Upper { order } => order + 1,
+        },
+    );
     put(out, summary.id.0);
     put(out, summary.size);
     put(out, summary.span.first.0);

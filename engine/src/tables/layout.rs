@@ -53,7 +53,11 @@ impl Entry {
     #[must_use]
     pub fn bytes_within(&self, range: &TokenRange) -> f64 {
         let width = self.live.width();
-        if width == 0.0 { 0.0 } else { to_f64(self.live_bytes) * self.live.width_within(range) / width }
+        if width == 0.0 {
+            0.0
+        } else {
+            to_f64(self.live_bytes) * self.live.width_within(range) / width
+        }
     }
 
     /// Tombstones that still count, estimated like [`Entry::bytes_within`].
@@ -99,9 +103,8 @@ pub struct Layout {
 
 impl PartialEq for Layout {
     fn eq(&self, other: &Layout) -> bool {
-        let key = |layout: &Layout| {
-            (layout.released, layout.hand, layout.next_table, layout.next_order)
-        };
+        let key =
+            |layout: &Layout| (layout.released, layout.hand, layout.next_table, layout.next_order);
         self.upper == other.upper && self.last == other.last && key(self) == key(other)
     }
 }
@@ -248,7 +251,8 @@ impl Layout {
     fn consume(&mut self, parts: &[Consumed]) -> Result<(), String> {
         for part in parts {
             let entry = self.upper.iter_mut().find(|entry| entry.id() == part.table);
-            let entry = entry.ok_or(format!("consumed upper table {} is not live", part.table.0))?;
+            let entry =
+                entry.ok_or(format!("consumed upper table {} is not live", part.table.0))?;
             let entry = Rc::make_mut(entry);
             entry.live.subtract(&part.range);
             entry.live_bytes = entry.live_bytes.saturating_sub(part.bytes);

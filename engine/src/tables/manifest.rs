@@ -36,6 +36,7 @@ use crate::buffer::AlignedBuf;
 use crate::checksum;
 use crate::disk::{Disk, File, OpenMode, WriteMode};
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 
 const SECTOR: usize = 512;
 const SECTOR_HEADER: usize = 24;
@@ -85,6 +86,17 @@ pub struct Owner {
     pub cluster: u64,
     /// Number of the shard in its node.
     pub shard: u32,
+}
+
+impl Owner {
+    /// The owner that an `IDENTITY` names.
+    #[must_use]
+    pub fn of(identity: &Identity) -> Owner {
+        let [low, high] = [0, 64].map(|shift| {
+            u64::try_from((identity.cluster >> shift) & u128::from(u64::MAX)).expect("masked")
+        });
+        Owner { cluster: low ^ high.rotate_left(1), shard: identity.shard }
+    }
 }
 
 /// The open manifest of a shard. One task appends at a time.
@@ -158,7 +170,8 @@ impl<D: Disk> Manifest<D> {
             doubtful: false,
         };
         for name in names {
-            if is_temporary_manifest(&name) || parse_manifest_name(&name).is_some_and(|it| it < id) {
+            if is_temporary_manifest(&name) || parse_manifest_name(&name).is_some_and(|it| it < id)
+            {
                 manifest.disk.remove(&dir.join(name)).await?;
             }
         }
@@ -422,10 +435,16 @@ impl Sectors {
             }
         }
         if let Some(offset) = damaged.next() {
-            return corrupt(offset, "a sector fails its check, and its copy is not there".to_owned());
+            return corrupt(
+                offset,
+                "a sector fails its check, and its copy is not there".to_owned(),
+            );
         }
         if edits.is_empty() {
-            return corrupt(0, "no complete edit; the file is cut or was never finished".to_owned());
+            return corrupt(
+                0,
+                "no complete edit; the file is cut or was never finished".to_owned(),
+            );
         }
         Ok(Replay { layout, edits, repaired, torn, end, sequence, whole_size })
     }

@@ -75,7 +75,7 @@ impl<F> TableSet<F> {
         let upper = layout.upper().iter().map(open).collect();
         let last = layout.last().iter().map(open).collect();
         // Now, so that the first read does not pay for it.
-        layout.arcs();
+        let _ = layout.arcs();
         TableSet { layout, upper, last }
     }
 
@@ -87,7 +87,7 @@ impl<F> TableSet<F> {
     pub fn with(&self, layout: Layout, opened: &BTreeMap<TableId, Rc<Table<F>>>) -> TableSet<F> {
         let upper = carry(&self.upper, layout.upper(), opened);
         let last = carry(&self.last, layout.last(), opened);
-        layout.arcs();
+        let _ = layout.arcs();
         TableSet { layout, upper, last }
     }
 

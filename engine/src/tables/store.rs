@@ -56,6 +56,8 @@ impl<F: File> Garbage<F> {
     }
 }
 
+type RemovalHook = Box<dyn Fn(TableId)>;
+
 struct Inner<D: Disk> {
     disk: D,
     dir: PathBuf,
@@ -67,7 +69,7 @@ struct Inner<D: Disk> {
     garbage: RefCell<Vec<Garbage<D::File>>>,
     /// Tables of edits that failed: one of them may be in the manifest until it rolls.
     doubtful: RefCell<Vec<TableId>>,
-    on_removed: RefCell<Option<Box<dyn Fn(TableId)>>>,
+    on_removed: RefCell<Option<RemovalHook>>,
 }
 
 /// The live tables of a shard. Clones share them.
@@ -88,7 +90,8 @@ impl<D: Disk> Tables<D> {
     /// `Mismatch` when there is a manifest already, else of the disk.
     pub async fn create(disk: D, dir: &Path, owner: Owner) -> Result<Tables<D>> {
         disk.create_dir(&dir.join(TABLE_DIR)).await?;
-        let layout = Layout { next_table: 1, ..Layout::default() };
+        let mut layout = Layout::default();
+        layout.next_table = 1;
         let manifest = Manifest::create(disk.clone(), dir, owner, &layout).await?;
         Ok(Tables::start(disk, dir, owner, manifest, TableSet::new(layout, &BTreeMap::new())))
     }
@@ -396,7 +399,11 @@ async fn open_table<D: Disk>(
     let path = identity.path.clone();
     let file = match disk.open(&path, OpenMode::Write).await {
         Err(error) if error.is_not_found() => {
-            return Err(Error::corrupt(path, 0, "the manifest names this table, and it is missing"));
+            return Err(Error::corrupt(
+                path,
+                0,
+                "the manifest names this table, and it is missing",
+            ));
         }
         file => file?,
     };
@@ -428,7 +435,9 @@ async fn punch<F: File>(table: &Table<F>, gone: TokenRange, fresh: Token) {
         start = start.max(table.bytes_inside(before).end & !(PUNCH_UNIT - 1));
     }
     let end = bytes.end & !(PUNCH_UNIT - 1);
-    if start < end && let Err(error) = table.file().punch(start, end - start).await {
+    if start < end
+        && let Err(error) = table.file().punch(start, end - start).await
+    {
         tracing::warn!(%error, table = table.id().0, "a consumed range was not given back");
     }
 }

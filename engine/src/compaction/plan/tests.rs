@@ -103,13 +103,17 @@ impl Store {
                     *newest = if newest.number > version.number { *newest } else { version };
                 }
             }
-            assert!(!step.last.contains(&id) || self.contents[&id].keys().all(|t| step.range.contains(Token(*t))));
+            assert!(
+                !step.last.contains(&id)
+                    || self.contents[&id].keys().all(|t| step.range.contains(Token(*t)))
+            );
         }
         self.step_max = self.step_max.max(read.values().sum());
         if step.is_bottom() {
             merged.retain(|_, version| version.live);
         }
-        let mut cutter = Cutter::new(self.options.partition_bits, self.options.table_size, step.bytes);
+        let mut cutter =
+            Cutter::new(self.options.partition_bits, self.options.table_size, step.bytes);
         let mut outputs = Vec::new();
         let mut current: BTreeMap<u64, Version> = BTreeMap::new();
         for (token, version) in merged {
@@ -140,7 +144,8 @@ impl Store {
 
     fn get(&self, key: u64) -> Option<Version> {
         let token = Token::of_key(&key.to_le_bytes(), 7);
-        let upper = self.layout.arcs().at(token).iter().map(|t| &self.layout.upper()[t.place as usize]);
+        let upper =
+            self.layout.arcs().at(token).iter().map(|t| &self.layout.upper()[t.place as usize]);
         let last = self.layout.last_at(token).map(|place| &self.layout.last()[place]);
         upper.chain(last).find_map(|entry| self.contents[&entry.id()].get(&token.0).copied())
     }
@@ -214,7 +219,8 @@ fn the_curve_of_space_against_writes() {
 #[test]
 fn tiers_bound_the_tables_at_a_token() {
     for (runs_max, writes_max) in [(16, 5.0), (32, 4.0)] {
-        let (mut store, keys) = loaded(80, PlanOptions { tier_width: 6, ..options(0.30, runs_max) });
+        let (mut store, keys) =
+            loaded(80, PlanOptions { tier_width: 6, ..options(0.30, runs_max) });
         let (writes, space) = overwrite(&mut store, keys, 1);
         println!("runs {runs_max} writes {writes:.2} space {space:.3} depth {}", store.depth_max);
         // A flush adds one before the plan is asked.
@@ -302,7 +308,9 @@ fn a_table_whose_records_expired_is_rewritten_once() {
         ..added.summary
     };
     let layout_of = |added| {
-        Layout::default().apply(&TableSetEdit { added: vec![added], ..TableSetEdit::default() }).unwrap()
+        Layout::default()
+            .apply(&TableSetEdit { added: vec![added], ..TableSetEdit::default() })
+            .unwrap()
     };
     let at = |layout: &Layout, ms: u64| plan(layout, &options, WallMicros(ms * 1000), Mode::Busy);
     assert_eq!(at(&layout_of(added), 1_200), None);
@@ -332,7 +340,7 @@ proptest! {
         let mut state = seed;
         for _ in 0..keys {
             let key = random(&mut state) % if skew { keys / 10 + 1 } else { keys };
-            let live = random(&mut state) % 8 != 0;
+            let live = !random(&mut state).is_multiple_of(8);
             store.write(key, live);
             model.insert(key, live);
         }

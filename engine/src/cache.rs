@@ -446,3 +446,6 @@ pub fn decode_warm_list(bytes: &[u8]) -> Option<Vec<(TableId, u64)>> {
     let entries = entries[..len].chunks_exact(16);
     Some(entries.map(|entry| (TableId(number(&entry[..8])), number(&entry[8..]))).collect())
 }
+
+#[cfg(test)]
+mod tests;

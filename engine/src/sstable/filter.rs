@@ -172,3 +172,101 @@ pub fn expected_rate(load: f64) -> f64 {
     }
     rate
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::Chance;
+    use proptest::prelude::*;
+
+    /// Keys and absent probes of the rate tests; a debug build is some 30 times slower.
+    const KEYS: usize = if cfg!(debug_assertions) { 100_000 } else { 1_000_000 };
+    const PROBES: usize = if cfg!(debug_assertions) { 1_500_000 } else { 20_000_000 };
+
+    /// Random tokens of the `2^-bits` of the ring with this number.
+    fn tokens(seed: u64, count: usize, bits: u32, number: u64) -> impl Iterator<Item = Token> {
+        let mut chance = Chance::new(seed);
+        let slice = if bits == 0 { 0 } else { number << (64 - bits) };
+        (0..count).map(move |_| Token(slice | (chance.next_u64() >> bits)))
+    }
+
+    fn filter_of(tokens: impl Iterator<Item = Token>, bits_per_key: u32) -> BlockedBloom {
+        let mut filter = BlockedBloom::with_capacity(KEYS, bits_per_key);
+        tokens.for_each(|token| filter.insert(token));
+        filter
+    }
+
+    /// Measured false positives over those that theory expects.
+    fn ratio(bits_per_key: u32, bits: u32, number: u64) -> f64 {
+        let filter = filter_of(tokens(1, KEYS, bits, number), bits_per_key);
+        // Other 64-bit tokens: the chance that one of them is a key is nil.
+        let wrong = tokens(2, PROBES, bits, number).filter(|token| filter.may_contain(*token));
+        wrong.count() as f64 / PROBES as f64 / filter.expected_rate()
+    }
+
+    #[test]
+    fn false_positives_are_within_a_tenth_of_theory_on_the_whole_ring() {
+        for bits_per_key in [8, 10, 12] {
+            let ratio = ratio(bits_per_key, 0, 0);
+            assert!((0.9..1.1).contains(&ratio), "{bits_per_key} bits: {ratio} of theory");
+        }
+    }
+
+    #[test]
+    fn false_positives_are_within_a_tenth_of_theory_in_any_slice_of_the_ring() {
+        for (bits, number) in [(4, 9), (6, 0), (6, 37), (6, 63), (16, 54_321)] {
+            let ratio = ratio(10, bits, number);
+            assert!((0.9..1.1).contains(&ratio), "slice {number} of 2^{bits}: {ratio} of theory");
+        }
+    }
+
+    #[test]
+    fn the_theory_gives_the_known_rates() {
+        // (1 - (63/64)^j)^8 under a Poisson of 512 / bits keys a block, computed apart.
+        for (bits, rate) in [(8.0, 0.02931), (10.0, 0.01049), (12.0, 0.00422), (16.0, 0.00091)] {
+            assert!((expected_rate(512.0 / bits) - rate).abs() < 0.000_01);
+        }
+        assert!(expected_rate(0.0) < 1e-12);
+    }
+
+    #[test]
+    fn no_key_is_ever_denied() {
+        let count = if cfg!(debug_assertions) { 1_000_000 } else { 100_000_000 };
+        for (bits, number) in [(0, 0), (6, 37)] {
+            let mut filter = BlockedBloom::with_capacity(count / 2, 10);
+            tokens(3, count / 2, bits, number).for_each(|token| filter.insert(token));
+            assert!(tokens(3, count / 2, bits, number).all(|token| filter.may_contain(token)));
+        }
+    }
+
+    #[test]
+    fn a_full_filter_denies_nothing() {
+        assert!(tokens(4, 1000, 0, 0).all(|token| BlockedBloom::full().may_contain(token)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_tokens_are_found_again_after_encoding(
+            tokens in prop::collection::vec(any::<u64>(), 0..500),
+            bits_per_key in 0u32..50, salt: u64,
+        ) {
+            let mut filter = BlockedBloom::with_capacity(tokens.len(), bits_per_key);
+            tokens.iter().for_each(|token| filter.insert(Token(*token)));
+            let section = filter.encode(salt, 512);
+            prop_assert!(section.len().is_multiple_of(SECTOR));
+            let read = BlockedBloom::decode(&section, salt, 512).unwrap();
+            prop_assert!(tokens.iter().all(|token| read.may_contain(Token(*token))));
+            prop_assert_eq!(&read.blocks, &filter.blocks);
+            prop_assert!(BlockedBloom::decode(&section, salt, 1024).is_err());
+            prop_assert!(BlockedBloom::decode(&section[..section.len() - 1], salt, 512).is_err());
+        }
+
+        #[test]
+        fn forged_sections_are_refused_or_read(mut bytes in prop::collection::vec(any::<u8>(), 64..600)) {
+            seal_section(&mut bytes, 1, 0);
+            if let Ok(filter) = BlockedBloom::decode(&bytes, 1, 0) {
+                let _ = filter.may_contain(Token(1));
+            }
+        }
+    }
+}

@@ -398,3 +398,140 @@ impl IndexBuilder {
         section
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::Chance;
+    use proptest::prelude::*;
+
+    const DATA_LEN: u64 = 1 << 20;
+
+    /// An index of blocks with these first tokens, 16 bytes each.
+    fn index_of(first_tokens: &[u64], last: u64) -> TokenIndex {
+        let mut builder = IndexBuilder::default();
+        for (unit, token) in (0u32..).zip(first_tokens) {
+            builder.push(Token(*token), unit);
+        }
+        let end = u32::try_from(first_tokens.len()).unwrap();
+        let data_len = u64::from(end * UNIT).next_multiple_of(SECTOR as u64);
+        let section = builder.encode(end, Token(last), 1, DATA_LEN);
+        TokenIndex::decode(&section, 1, DATA_LEN, data_len).unwrap()
+    }
+
+    fn block_of(index: &TokenIndex, token: u64) -> Option<usize> {
+        let handle = index.locate(Token(token), NamespaceId(0), b"k")?;
+        Some(usize::try_from(handle.offset / u64::from(UNIT)).unwrap())
+    }
+
+    /// Probes that the search of a slice takes.
+    fn probes(index: &TokenIndex, token: u64) -> u32 {
+        let slice = index.directory.slice(token);
+        (slice.len() + 1).next_power_of_two().ilog2()
+    }
+
+    /// Mean and greatest number of probes over these tokens.
+    fn probe_counts(index: &TokenIndex, tokens: &[u64]) -> (f64, u32) {
+        let counts = || tokens.iter().map(|token| probes(index, *token));
+        (f64::from(counts().sum::<u32>()) / tokens.len() as f64, counts().max().unwrap())
+    }
+
+    fn sorted_tokens(count: usize, arcs: &[(u64, u64)]) -> Vec<u64> {
+        let mut chance = Chance::new(7);
+        let mut tokens: Vec<u64> = (0..count)
+            .map(|_| {
+                let (start, len) = arcs[chance.index(arcs.len())];
+                start + chance.below(len)
+            })
+            .collect();
+        tokens.sort_unstable();
+        tokens
+    }
+
+    #[test]
+    fn a_table_of_the_whole_ring_or_one_partition_takes_about_one_probe() {
+        for arc in [(0, u64::MAX), (37 << 58, 1 << 58), (12345 << 48, 1 << 48)] {
+            let tokens = sorted_tokens(100_000, &[arc]);
+            let index = index_of(&tokens, tokens[tokens.len() - 1]);
+            let (mean, most) = probe_counts(&index, &tokens);
+            assert!(mean < 1.6 && most <= 4, "mean {mean}, most {most}");
+        }
+    }
+
+    #[test]
+    fn a_table_of_scattered_arcs_takes_a_few_probes() {
+        // A node among 48 with 3 replicas and 16 virtual nodes: 5 % of the ring in 48 arcs.
+        let mut chance = Chance::new(3);
+        let arcs: Vec<(u64, u64)> = (0..48).map(|_| (chance.next_u64() / 2, 1 << 54)).collect();
+        let tokens = sorted_tokens(100_000, &arcs);
+        let index = index_of(&tokens, tokens[tokens.len() - 1]);
+        let (mean, most) = probe_counts(&index, &tokens);
+        assert!(mean < 7.0 && most <= 9, "mean {mean}, most {most}");
+    }
+
+    #[test]
+    fn the_directory_takes_at_most_eight_bytes_a_block() {
+        for count in [1, 2, 3, 1000, 1025, 65_536, 70_000] {
+            let tokens = sorted_tokens(count, &[(0, u64::MAX)]);
+            let index = index_of(&tokens, u64::MAX);
+            assert!(index.directory.starts.len() <= 2 * count + 2);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn locate_names_the_last_block_that_begins_at_or_before(
+            mut tokens in prop::collection::vec(prop_oneof![any::<u64>(), 0u64..100, Just(u64::MAX)], 1..200),
+            probes in prop::collection::vec(prop_oneof![any::<u64>(), 0u64..100, Just(u64::MAX)], 50),
+            more in 0u64..3,
+        ) {
+            tokens.sort_unstable();
+            let last = tokens[tokens.len() - 1].saturating_add(more);
+            let index = index_of(&tokens, last);
+            for token in probes.iter().chain(&tokens).copied() {
+                let expected = tokens.partition_point(|first| *first <= token).checked_sub(1);
+                prop_assert_eq!(block_of(&index, token), expected.filter(|_| token <= last));
+            }
+        }
+
+        #[test]
+        fn a_separator_lies_between_its_neighbours(
+            mut keys in prop::collection::vec((0u32..2, prop::collection::vec(0u8..3, 1..6)), 2),
+        ) {
+            keys.sort();
+            prop_assume!(keys[0] != keys[1]);
+            let mut builder = IndexBuilder::default();
+            builder.push(Token(5), 0);
+            let side = |(namespace, key): &(u32, Vec<u8>)| (NamespaceId(*namespace), key.clone());
+            let (before, first) = (side(&keys[0]), side(&keys[1]));
+            builder.separate((before.0, &before.1), (first.0, &first.1));
+            let key = builder.separator_keys.clone();
+            prop_assert!((before.0, before.1) < (first.0, key.clone()));
+            prop_assert!(key <= first.1);
+        }
+
+        #[test]
+        fn forged_sections_are_refused_or_read(
+            mut bytes in prop::collection::vec(any::<u8>(), 32..600), blocks in 0u32..20,
+            separators in 0u32..3, sorted in any::<bool>(),
+        ) {
+            bytes[4..8].copy_from_slice(&blocks.to_le_bytes());
+            bytes[8..12].copy_from_slice(&separators.to_le_bytes());
+            bytes[12..16].copy_from_slice(&(separators * 2).to_le_bytes());
+            bytes[24..32].fill(0);
+            if sorted {
+                bytes[32..].fill(0);
+                for (unit, place) in (0u32..).zip(bytes[32..].chunks_exact_mut(4).skip(2 * blocks as usize)) {
+                    place.copy_from_slice(&unit.to_le_bytes());
+                }
+            }
+            seal_section(&mut bytes, 1, 0);
+            let data_len = (u64::from(blocks) * 16).next_multiple_of(512);
+            if let Ok(index) = TokenIndex::decode(&bytes, 1, 0, data_len) {
+                for token in [0, 1, u64::MAX] {
+                    let _ = index.locate(Token(token), NamespaceId(0), b"key");
+                }
+            }
+        }
+    }
+}

@@ -28,8 +28,8 @@ use crate::model::{Kind, NamespaceId, RecordRef, Token};
 /// Bytes that a write to the file gathers.
 const CHUNK: usize = 1 << 20;
 /// Tokens inserted into the filter between two yields: below 200 us.
-const TOKEN_CHUNK: usize = 16 << 10;
-/// Greatest target of a block, so that a packed one stays far below 64 KiB of content.
+const TOKEN_CHUNK: usize = 8 << 10;
+/// Greatest target of a block, and most content of a packed one: a half of `SHARED_BLOCK_MAX`.
 const BLOCK_SIZE_MAX: usize = 32 << 10;
 
 /// Chooses the codec of a namespace.
@@ -261,10 +261,10 @@ impl<F: File> TableWriter<F> {
         if codec == Codec::None || self.dominant_codec() == Codec::None {
             return with + block::HEADER > self.options.block_size;
         }
-        // Aim at the target after packing, by what the last blocks shrank to.
-        let target =
-            (self.options.block_size * 256 / self.packed_ratio.max(32)).min(BLOCK_SIZE_MAX);
-        with > target
+        // Aim at the target after packing, by what the last blocks shrank to; at most four times
+        // as much content, because a point read unpacks all of it.
+        let aim = self.options.block_size * 256 / self.packed_ratio.max(64);
+        with > aim.min(BLOCK_SIZE_MAX)
     }
 
     /// What most bytes of the open block ask for.

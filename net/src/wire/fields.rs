@@ -131,12 +131,21 @@ impl Version {
         *self == Version::default()
     }
 
+    /// The version's bytes.
+    #[inline]
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; Version::SIZE] {
+        let mut bytes = [0; Version::SIZE];
+        bytes[0..8].copy_from_slice(&self.timestamp.0.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.dot.sequence.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.dot.origin.0.to_le_bytes());
+        bytes
+    }
+
     /// Appends the version.
     #[inline]
     pub fn encode(&self, out: &mut Vec<u8>) {
-        out.put_u64(self.timestamp.0);
-        out.put_u64(self.dot.sequence);
-        out.put_u32(self.dot.origin.0);
+        out.put(&self.to_bytes());
     }
 
     /// Reads a version.

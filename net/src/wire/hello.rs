@@ -32,6 +32,8 @@ pub const VERSION: u16 = 1;
 pub const ANY_SHARD: u32 = u32::MAX;
 /// Size of the fixed part of the request, in bytes.
 pub const HELLO_HEADER_SIZE: usize = 48;
+/// Feature: the server remembers once-ids, so that a write that carries one can be sent again.
+pub const FEATURE_ONCE: u64 = 1 << 0;
 /// Longest client or namespace name, in bytes.
 pub const NAME_SIZE_MAX: usize = 256;
 /// Longest credential, in bytes.

@@ -176,14 +176,20 @@ pub(crate) fn read_size(facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) -> usize
 
 #[inline]
 pub(crate) fn encode_read(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) {
-    out.put_u64(facts.as_of.0);
-    out.put_u16(size_u16(values.len()));
-    out.put_u16(size_u16(facts.context.len()));
-    out.put(&[facts.answers, facts.primaries, 0, 0]);
+    // Fixed parts are put together on the stack: one bounds check and one copy each.
+    let mut head = [0; READ_HEADER_SIZE];
+    head[0..8].copy_from_slice(&facts.as_of.0.to_le_bytes());
+    head[8..10].copy_from_slice(&size_u16(values.len()).to_le_bytes());
+    head[10..12].copy_from_slice(&size_u16(facts.context.len()).to_le_bytes());
+    head[12] = facts.answers;
+    head[13] = facts.primaries;
+    out.put(&head);
     for value in values {
-        value.version.encode(out);
-        out.put_u32(size_u32(value.value.len()));
-        out.put_u64(value.expiry_ms);
+        let mut head = [0; VALUE_HEADER_SIZE];
+        head[0..20].copy_from_slice(&value.version.to_bytes());
+        head[20..24].copy_from_slice(&size_u32(value.value.len()).to_le_bytes());
+        head[24..32].copy_from_slice(&value.expiry_ms.to_le_bytes());
+        out.put(&head);
         out.put(value.value);
     }
     out.put(facts.context);
@@ -196,11 +202,12 @@ pub(crate) fn write_size(facts: &WriteFacts<'_>) -> usize {
 
 #[inline]
 pub(crate) fn encode_write(out: &mut Vec<u8>, facts: &WriteFacts<'_>) {
-    facts.version.encode(out);
-    out.put(&[facts.acks, facts.primary, facts.durable, 0]);
-    out.put_u32(facts.window_ms);
-    out.put_u16(size_u16(facts.context.len()));
-    out.put_u16(0);
+    let mut head = [0; WRITE_HEADER_SIZE];
+    head[0..20].copy_from_slice(&facts.version.to_bytes());
+    head[20..23].copy_from_slice(&[facts.acks, facts.primary, facts.durable]);
+    head[24..28].copy_from_slice(&facts.window_ms.to_le_bytes());
+    head[28..30].copy_from_slice(&size_u16(facts.context.len()).to_le_bytes());
+    out.put(&head);
     out.put(facts.context);
     out.put(facts.trace);
 }

@@ -195,7 +195,10 @@ fn never_wrong(bytes: Vec<u8>, records: &[Record], story: &str) {
 fn a_flipped_bit_in_any_byte_gives_an_error_or_the_right_answer() {
     for codec in Codec::ALL {
         let (bytes, records) = small(codec);
-        for at in 0..bytes.len() {
+        // The sections behind the blocks are alike for all codecs.
+        let blocks = open(&MemFile::of(bytes.clone())).unwrap().meta().data_bytes;
+        let end = if codec == Codec::None { bytes.len() } else { blocks.try_into().unwrap() };
+        for at in 0..end {
             let mut damaged = bytes.clone();
             damaged[at] ^= 1 << (at % 8);
             never_wrong(damaged, &records, &format!("{codec:?}, byte {at}"));

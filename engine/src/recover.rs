@@ -1,1 +1,218 @@
-//! Being written.
+//! Opening a shard: identity, tables, log, in this order; each step's failure names the file.
+//!
+//! Invariant: time to open grows with the log's tail and the tables' indexes, not with the data.
+//! A directory is made only when it is empty; whatever is missing from one that is not empty is
+//! damage, never a fresh start.
+
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::rc::Rc;
+
+use crate::cache::BlockCache;
+use crate::compaction::{Compactor, CompactorOptions, Pace, WriteThrottle};
+use crate::disk::Disk;
+use crate::identity::Identity;
+use crate::log::{CommitLog, Control, LogIdentity, Lsn, ReplayItem, replay};
+use crate::model::{NamespaceId, RecordRef, Timestamp};
+use crate::options::{Compression, Options};
+use crate::runtime::Runtime;
+use crate::shard::{
+    Dropped, Memory, Notify, Shard, ShardState, SpaceWatch, Thresholds, Unsettled, Versions,
+};
+use crate::sstable::{Codec, TableOptions};
+use crate::tables::{Owner, Tables};
+use crate::{Error, Result};
+
+/// Directory of the log inside a shard's directory.
+pub const LOG_DIR: &str = "log";
+
+/// Which codec a namespace's blocks take; the server changes it as namespaces change.
+pub type CompressionOf = Rc<dyn Fn(NamespaceId) -> Compression>;
+
+/// Whose log belongs to an identity.
+#[must_use]
+pub fn log_identity(identity: &Identity) -> LogIdentity {
+    LogIdentity { cluster: identity.cluster, shard: identity.shard }
+}
+
+/// What replay gathers.
+struct Replayed {
+    ceiling: Timestamp,
+    sequence: u64,
+    greatest: Timestamp,
+    dropped: Vec<(crate::model::PartitionId, u32)>,
+}
+
+impl<D: Disk, R: Runtime> Shard<D, R> {
+    /// Opens the shard in `dir`, or makes it when the directory is missing or empty.
+    ///
+    /// `wanted` says who the shard must be. `compression` is asked for each namespace when tables
+    /// are written. The caller holds the lock of the node's directory.
+    ///
+    /// # Errors
+    /// `Mismatch` when the directory is another's, `Corrupt` (file, offset, remedy) when something
+    /// that was durable is missing or damaged, `Invalid` for options, `Io`. State: the files are as
+    /// they were, except that leftovers of a crash may be gone.
+    pub async fn open(
+        disk: D,
+        runtime: R,
+        dir: &Path,
+        wanted: &Identity,
+        options: Options,
+        compression: Option<CompressionOf>,
+    ) -> Result<Shard<D, R>> {
+        options.validate()?;
+        let identity = Identity::open_or_create(&disk, dir, wanted).await?;
+        let owner = Owner::of(&identity);
+        let tables = open_tables(&disk, dir, owner).await?;
+        let set = tables.current();
+        let released = set.layout().released;
+        let memory = Rc::new(RefCell::new(Memory::new(options.memtable_size)));
+        let log_dir = dir.join(LOG_DIR);
+        disk.create_dir(&log_dir).await?;
+        disk.sync_dir(dir).await?;
+
+        let mut found = Replayed {
+            ceiling: Timestamp::ZERO,
+            sequence: 0,
+            greatest: Timestamp::ZERO,
+            dropped: Vec::new(),
+        };
+        let mut visit = |lsn: Lsn, item: ReplayItem<'_>| match item {
+            ReplayItem::Record(record) => {
+                found.greatest = found.greatest.max(record.timestamp);
+                found.sequence = found.sequence.max(record.dot.sequence);
+                memory.borrow_mut().insert(lsn, &record);
+            }
+            ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
+                found.ceiling = found.ceiling.max(timestamp);
+                found.sequence = found.sequence.max(sequence);
+            }
+            ReplayItem::Control(Control::DropPartition { partition, incarnation }) => {
+                found.dropped.push((partition, incarnation));
+            }
+            ReplayItem::Control(Control::Close) => {}
+        };
+        let from = released.next();
+        let end = replay(&disk, &log_dir, log_identity(&identity), from, &mut visit).await?;
+        if let Some(torn) = &end.torn {
+            tracing::info!(
+                file = %torn.path.display(),
+                offset = torn.offset,
+                "the log's torn tail was cut: only writes that were never acknowledged"
+            );
+        }
+        tracing::debug!(dir = %dir.display(), records = end.records, bytes = end.bytes, "replayed");
+
+        let tables_max =
+            set.tables().map(|table| table.meta().max_timestamp).max().unwrap_or_default();
+        let floor = found.ceiling.max(found.greatest).max(tables_max);
+        let sink_memory = Rc::clone(&memory);
+        let sink = Box::new(move |lsn: Lsn, record: &RecordRef<'_>| {
+            sink_memory.borrow_mut().insert(lsn, record);
+        });
+        let log = CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink)
+            .await?;
+        let table_options = table_options(&options, compression);
+        let compactor_options = CompactorOptions::of(&options, &table_options);
+        let upper_tables = compactor_options.upper.clone();
+        let pace = Rc::new(RefCell::new(Pace::new(&options.compaction)));
+        let stop = Rc::new(Cell::new(false));
+        let dropped = Rc::new(Dropped::default());
+        let compactor = Compactor::new(
+            tables.clone(),
+            runtime.clone(),
+            compactor_options,
+            Rc::clone(&dropped) as Rc<_>,
+            Rc::clone(&pace),
+            Rc::clone(&stop),
+        );
+        let space = disk.space(dir).await?;
+        let thresholds = Thresholds {
+            pace: options.space.pace_below,
+            refuse: options.space.refuse_below,
+            reserve: options.space.reserve,
+        };
+        let state = Rc::new(ShardState {
+            disk,
+            runtime,
+            dir: dir.to_owned(),
+            identity,
+            options,
+            log,
+            memory,
+            tables,
+            tables_max: Cell::new(tables_max),
+            compactor,
+            cache: RefCell::new(BlockCache::new(options.cache_size)),
+            versions: RefCell::new(Versions::starting_above(
+                floor,
+                found.sequence,
+                identity.partition_bits,
+            )),
+            unsettled: RefCell::new(Unsettled::new()),
+            space: SpaceWatch::new(thresholds, space),
+            stats: RefCell::default(),
+            dropped,
+            upper_tables,
+            pace,
+            delay_per_byte: Cell::new(0.0),
+            throttle: RefCell::new(WriteThrottle::default()),
+            read_p99_us: Cell::new(None),
+            watch_nanos: Cell::new(0),
+            stop,
+            lifecycle: Notify::default(),
+            work: Notify::default(),
+            tasks_running: Cell::new(0),
+            background_error: RefCell::new(None),
+        });
+        let weak = Rc::downgrade(&state);
+        state.tables.on_removed(move |table| {
+            if let Some(state) = weak.upgrade() {
+                state.cache.borrow_mut().remove_table(table);
+            }
+        });
+        let shard = Shard { state };
+        shard.update_pressure();
+        shard.start_tasks();
+        Ok(shard)
+    }
+}
+
+/// Opens the live tables; makes an empty set only where nothing but the identity is.
+async fn open_tables<D: Disk>(disk: &D, dir: &Path, owner: Owner) -> Result<Tables<D>> {
+    let names = disk.list(dir).await?;
+    if names.iter().any(|name| crate::tables::manifest::parse_manifest_name(name).is_some()) {
+        return Tables::open(disk.clone(), dir, owner).await;
+    }
+    // The first start may have been cut short before the manifest: then there is no log either.
+    let log = match disk.list(&dir.join(LOG_DIR)).await {
+        Err(error) if error.is_not_found() => Vec::new(),
+        names => names?,
+    };
+    if !log.is_empty() {
+        return Err(Error::corrupt(
+            dir,
+            0,
+            "the manifest is missing, but there is a log: this is no new shard",
+        ));
+    }
+    Tables::create(disk.clone(), dir, owner).await
+}
+
+fn table_options(options: &Options, compression: Option<CompressionOf>) -> TableOptions {
+    let default = options.compression;
+    let codec = |compression| match compression {
+        Compression::None => Codec::None,
+        Compression::Lz4 => Codec::Lz4,
+        Compression::Zstd { .. } => Codec::Zstd,
+    };
+    let zstd_level = if let Compression::Zstd { level } = default { level } else { 1 };
+    TableOptions {
+        codec_of: Rc::new(move |namespace| {
+            codec(compression.as_ref().map_or(default, |compression| compression(namespace)))
+        }),
+        zstd_level,
+        ..TableOptions::default()
+    }
+}

@@ -667,6 +667,14 @@ impl Replies<'_> {
         });
     }
 
+    /// Answers with what another shard encoded.
+    pub fn raw(&mut self, ticket: Ticket, status: Status, body: &[u8]) {
+        if !self.has_room(body.len()) {
+            return self.failure(ticket, &NO_REPLY_ROOM);
+        }
+        self.reply(&ticket, status, body.len(), |out| out.extend_from_slice(body));
+    }
+
     /// Answers STATS or ADMIN.
     pub fn json(&mut self, ticket: Ticket, json: Vec<u8>) {
         self.owned(ticket, json);

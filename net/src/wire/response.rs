@@ -167,15 +167,18 @@ impl From<Refusal> for Failure<'static> {
 
 // ---- bodies, shared by single replies and batches -------------------------------------------
 
-pub(crate) fn read_size(facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) -> usize {
+/// Bytes that [`encode_read`] appends.
+#[must_use]
+pub fn read_size(facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) -> usize {
     READ_HEADER_SIZE
         + values.iter().map(|value| VALUE_HEADER_SIZE + value.value.len()).sum::<usize>()
         + facts.context.len()
         + facts.trace.len()
 }
 
+/// Appends the body of an answer to a read.
 #[inline]
-pub(crate) fn encode_read(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) {
+pub fn encode_read(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) {
     // Fixed parts are put together on the stack: one bounds check and one copy each.
     let mut head = [0; READ_HEADER_SIZE];
     head[0..8].copy_from_slice(&facts.as_of.0.to_le_bytes());
@@ -196,12 +199,15 @@ pub(crate) fn encode_read(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[Va
     out.put(facts.trace);
 }
 
-pub(crate) fn write_size(facts: &WriteFacts<'_>) -> usize {
+/// Bytes that [`encode_write`] appends.
+#[must_use]
+pub fn write_size(facts: &WriteFacts<'_>) -> usize {
     WRITE_HEADER_SIZE + facts.context.len() + facts.trace.len()
 }
 
+/// Appends the body of an answer to a write.
 #[inline]
-pub(crate) fn encode_write(out: &mut Vec<u8>, facts: &WriteFacts<'_>) {
+pub fn encode_write(out: &mut Vec<u8>, facts: &WriteFacts<'_>) {
     let mut head = [0; WRITE_HEADER_SIZE];
     head[0..20].copy_from_slice(&facts.version.to_bytes());
     head[20..23].copy_from_slice(&[facts.acks, facts.primary, facts.durable]);
@@ -217,11 +223,14 @@ fn message_of<'a>(failure: &Failure<'a>) -> &'a str {
     &failure.message[..failure.message.floor_char_boundary(MESSAGE_SIZE_MAX)]
 }
 
-pub(crate) fn failure_size(failure: &Failure<'_>) -> usize {
+/// Bytes that [`encode_failure`] appends.
+#[must_use]
+pub fn failure_size(failure: &Failure<'_>) -> usize {
     ERROR_HEADER_SIZE + message_of(failure).len()
 }
 
-pub(crate) fn encode_failure(out: &mut Vec<u8>, failure: &Failure<'_>) {
+/// Appends the body of an error.
+pub fn encode_failure(out: &mut Vec<u8>, failure: &Failure<'_>) {
     out.put_u32(failure.retry_after_ms);
     out.put(&[failure.acks, failure.primary, failure.durable, 0]);
     out.put_u64(failure.detail);
@@ -230,7 +239,8 @@ pub(crate) fn encode_failure(out: &mut Vec<u8>, failure: &Failure<'_>) {
 
 /// Status of a read with these values.
 #[inline]
-pub(crate) fn read_status(values: &[ValueRef<'_>]) -> Status {
+#[must_use]
+pub fn read_status(values: &[ValueRef<'_>]) -> Status {
     if values.is_empty() { Status::NOT_FOUND } else { Status::OK }
 }
 
@@ -270,6 +280,12 @@ impl BatchResults {
     pub fn failure(&mut self, index: u32, verb: Opcode, failure: &Failure<'_>) {
         self.result(index, verb, failure.status, failure_size(failure));
         encode_failure(&mut self.body, failure);
+    }
+
+    /// A result as another shard encoded it.
+    pub fn raw(&mut self, index: u32, verb: Opcode, status: Status, body: &[u8]) {
+        self.result(index, verb, status, body.len());
+        self.body.put(body);
     }
 
     /// Whether each operation has its result.
@@ -400,7 +416,8 @@ impl Page {
     }
 
     /// The body; `next` is the token and key behind which the next page begins, `None` at the end.
-    pub(crate) fn into_body(self, next: Option<(Token, &[u8])>) -> Vec<u8> {
+    #[must_use]
+    pub fn into_body(self, next: Option<(Token, &[u8])>) -> Vec<u8> {
         let (token, key) = next.unwrap_or((Token::MIN, &[]));
         let mut body = Vec::with_capacity(16 + key.len() + self.records.len());
         body.put_u32(self.count);

@@ -1,0 +1,286 @@
+//! What a shard does by itself: flush, compaction, a look at the disk's space, the warm list.
+//!
+//! Invariant: each task ends soon after `stop` is set, and leaves nothing half visible. A flush
+//! commits before its memtable is forgotten, and the log is released after that.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use super::{Shard, ShardState};
+use crate::buffer::AlignedBuf;
+use crate::cache::{decode_warm_list, encode_warm_list};
+use crate::compaction::Mode;
+use crate::compaction::flush::{FlushOptions, flush};
+use crate::compaction::{Retention, Unflushed, write_delay};
+use crate::disk::{Disk, File, OpenMode, WriteMode};
+use crate::log::Control;
+use crate::model::{NamespaceId, RecordRef};
+use crate::runtime::{Class, Runtime};
+use crate::{Error, Result};
+
+const NANOS_PER_MS: u64 = 1_000_000;
+/// How long a failed flush or compaction waits before it tries again.
+const RETRY_NANOS: u64 = 500 * NANOS_PER_MS;
+/// How often the disk's space and the pace are looked at.
+const WATCH_NANOS: u64 = 100 * NANOS_PER_MS;
+/// An idle shard settles its debts after so long without a flush.
+const SETTLE_NANOS: u64 = 2_000 * NANOS_PER_MS;
+/// Blocks read at once when the cache is warmed.
+const WARM_BLOCKS_MAX: usize = 16_384;
+/// Name of the warm list.
+const WARM_NAME: &str = "WARM";
+const WARM_NAME_NEW: &str = "WARM.new";
+
+/// Namespaces that were dropped: their records go away wherever they are met.
+#[derive(Debug, Default)]
+pub(crate) struct Dropped(std::cell::RefCell<std::collections::BTreeSet<NamespaceId>>);
+
+impl Dropped {
+    pub(crate) fn set(&self, namespaces: impl IntoIterator<Item = NamespaceId>) {
+        *self.0.borrow_mut() = namespaces.into_iter().collect();
+    }
+}
+
+impl Retention for Dropped {
+    fn is_dropped(&self, record: &RecordRef<'_>) -> bool {
+        let dropped = self.0.borrow();
+        !dropped.is_empty() && dropped.contains(&record.namespace)
+    }
+
+    fn is_purgeable(&self, _record: &RecordRef<'_>) -> bool {
+        // One replica: nobody else could bring an older record back.
+        true
+    }
+}
+
+impl<D: Disk, R: Runtime> Shard<D, R> {
+    /// Starts the shard's own tasks.
+    pub(crate) fn start_tasks(&self) {
+        self.start(|shard| async move { shard.flush_loop().await });
+        self.start(|shard| async move { shard.compaction_loop().await });
+        self.start(|shard| async move { shard.watch_loop().await });
+        self.start(|shard| async move { shard.warm_up().await });
+    }
+
+    fn start<F: Future<Output = ()> + 'static>(&self, task: impl FnOnce(Shard<D, R>) -> F) {
+        let state = Rc::clone(&self.state);
+        state.tasks_running.set(state.tasks_running.get() + 1);
+        let running = task(self.clone());
+        self.state.runtime.spawn(Class::Background, async move {
+            running.await;
+            state.tasks_running.set(state.tasks_running.get() - 1);
+            state.lifecycle.notify();
+        });
+    }
+
+    /// Asks all tasks to end and waits until they have.
+    pub(crate) async fn stop_tasks(&self) {
+        self.state.stop.set(true);
+        self.state.memory.borrow().changed.notify();
+        self.state.lifecycle.notify();
+        loop {
+            let ticket = self.state.lifecycle.ticket();
+            if self.state.tasks_running.get() == 0 {
+                return;
+            }
+            self.state.lifecycle.changed(ticket).await;
+        }
+    }
+
+    /// Sleeps, but not beyond the order to stop.
+    async fn pause(&self, nanos: u64) {
+        let until = self.state.runtime.now().after_nanos(nanos);
+        let ticket = self.state.lifecycle.ticket();
+        if self.state.stop.get() {
+            return;
+        }
+        let sleep = self.state.runtime.sleep_until(until);
+        let stopped = self.state.lifecycle.changed(ticket);
+        let (sleep, stopped) = (std::pin::pin!(sleep), std::pin::pin!(stopped));
+        futures_util::future::select(sleep, stopped).await;
+    }
+
+    async fn flush_loop(&self) {
+        let state = &*self.state;
+        let changed = Rc::clone(&state.memory.borrow().changed);
+        while !state.stop.get() {
+            let ticket = changed.ticket();
+            if state.memory.borrow().sealed_count() == 0 {
+                changed.changed(ticket).await;
+                continue;
+            }
+            match self.flush_oldest().await {
+                Ok(()) => {
+                    *state.background_error.borrow_mut() = None;
+                    state.work.notify();
+                }
+                Err(error) => {
+                    tracing::error!(dir = %state.dir.display(), %error, "a flush failed");
+                    *state.background_error.borrow_mut() = Some(error);
+                    changed.notify();
+                    self.pause(RETRY_NANOS).await;
+                }
+            }
+        }
+    }
+
+    /// Writes the oldest sealed memtable to a table, makes it live, and releases its log.
+    async fn flush_oldest(&self) -> Result<()> {
+        let state = &*self.state;
+        let Some(sealed) = state.memory.borrow().oldest_sealed() else { return Ok(()) };
+        let options = FlushOptions {
+            table: state.upper_tables.clone(),
+            table_size: state.options.compaction.table_size,
+            order: state.tables.next_order(),
+            released: sealed.last,
+        };
+        let retention = &*state.dropped;
+        let records = sealed.memtable.sorted();
+        let written =
+            flush(&state.tables, &state.runtime, retention, records, options, &state.stop).await?;
+        let Some(flushed) = written else { return Ok(()) };
+        let (bytes, nanos) = (flushed.bytes, flushed.nanos);
+        flushed.commit(&state.tables).await?;
+        state.tables_max.set(state.tables_max.get().max(sealed.memtable.max_timestamp()));
+        state.memory.borrow_mut().remove_oldest_sealed();
+        state.pace.borrow_mut().flushed(state.runtime.now(), bytes, nanos);
+        {
+            let stats = &mut *state.stats.borrow_mut();
+            stats.flushes += 1;
+            stats.flushed_bytes += bytes;
+        }
+        // The log must not forget the ceiling before it holds it again.
+        let ceiling: Control = state.versions.borrow().ceiling();
+        let lsn = state.log.append_control(ceiling)?;
+        state.log.wait_visible(lsn).await?;
+        state.log.release(sealed.last);
+        self.update_pressure();
+        Ok(())
+    }
+
+    async fn compaction_loop(&self) {
+        let state = &*self.state;
+        let mut last_work = state.runtime.now();
+        while !state.stop.get() {
+            let ticket = state.work.ticket();
+            let idle = state.runtime.now().nanos_since(last_work) >= SETTLE_NANOS;
+            let mode = if idle { Mode::Idle } else { Mode::Busy };
+            match state.compactor.step(mode).await {
+                Ok(true) => {
+                    self.update_pressure();
+                    if mode == Mode::Busy {
+                        last_work = state.runtime.now();
+                    }
+                }
+                Ok(false) if idle => {
+                    // Nothing is owed: the next flush brings new work.
+                    let stopped = state.lifecycle.ticket();
+                    if state.stop.get() {
+                        break;
+                    }
+                    let work = std::pin::pin!(state.work.changed(ticket));
+                    let stop = std::pin::pin!(state.lifecycle.changed(stopped));
+                    futures_util::future::select(work, stop).await;
+                    last_work = state.runtime.now();
+                }
+                Ok(false) => self.pause(SETTLE_NANOS / 4).await,
+                Err(error) => {
+                    tracing::error!(dir = %state.dir.display(), %error, "a compaction failed");
+                    self.pause(RETRY_NANOS).await;
+                }
+            }
+        }
+    }
+
+    /// Computes anew by how much writers must give way.
+    pub(crate) fn update_pressure(&self) {
+        let state = &*self.state;
+        let options = &state.options;
+        let room = options.memtable_size as u64 * (1 + options.memtables_sealed_max as u64);
+        let unflushed = Unflushed {
+            bytes: state.memory.borrow().bytes() as u64,
+            bytes_max: room,
+            memtable_size: options.memtable_size as u64,
+        };
+        let capacity = state.pace.borrow().capacity();
+        let mut delay = write_delay(&state.compactor.pressure(), &unflushed, &capacity);
+        if state.space.level() != super::SpaceLevel::Normal {
+            // Compaction must win: writers get a tenth of what flush could take.
+            delay = delay.max(1e9 * 10.0 / capacity.flush.max(1.0));
+        }
+        state.delay_per_byte.set(delay);
+    }
+
+    async fn watch_loop(&self) {
+        let state = &*self.state;
+        let mut failures = 0u32;
+        while !state.stop.get() {
+            self.pause(state.watch_nanos.get().max(WATCH_NANOS)).await;
+            match state.disk.space(&state.dir).await {
+                Ok(space) => {
+                    failures = 0;
+                    state.space.update(space);
+                }
+                Err(error) if failures == 0 => {
+                    failures = 1;
+                    tracing::warn!(%error, "the disk's space cannot be told");
+                }
+                Err(_) => {}
+            }
+            let latency = state.read_p99_us.take();
+            state.pace.borrow_mut().observe_latency(latency);
+            self.update_pressure();
+        }
+    }
+
+    /// Reads the blocks that were hot before the restart, as far as they still exist.
+    async fn warm_up(&self) {
+        let state = &*self.state;
+        let Ok(list) = state.load_warm_list().await else { return };
+        let set = state.tables.current();
+        for (table, offset) in list.into_iter().take(WARM_BLOCKS_MAX) {
+            if state.stop.get() {
+                return;
+            }
+            let Some(live) = set.table(table) else { continue };
+            let Some(handle) = live.handle_at(offset) else { continue };
+            if state.cache.borrow().contains(table, offset) {
+                continue;
+            }
+            if let Ok(block) = live.read_block(handle).await {
+                state.cache.borrow_mut().insert(table, Rc::new(block));
+            }
+        }
+    }
+}
+
+impl<D: Disk, R: Runtime> ShardState<D, R> {
+    /// Writes down which blocks are hot. Losing it costs nothing but warmth.
+    pub(crate) async fn save_warm_list(&self) -> Result<()> {
+        let bytes = encode_warm_list(&self.cache.borrow().warm_list());
+        let (new, name) = (self.dir.join(WARM_NAME_NEW), self.dir.join(WARM_NAME));
+        match self.disk.remove(&new).await {
+            Err(error) if !error.is_not_found() => return Err(error),
+            _ => {}
+        }
+        let file = self.disk.open(&new, OpenMode::Create).await?;
+        let mut buf = AlignedBuf::with_capacity(bytes.len() + 4096);
+        buf.extend_from_slice(&bytes);
+        buf.pad_to(file.alignment());
+        file.write_at(0, buf, WriteMode::Cached).await.1?;
+        file.set_len(bytes.len() as u64).await?;
+        file.sync().await?;
+        self.disk.rename(&new, &name).await?;
+        self.disk.sync_dir(&self.dir).await
+    }
+
+    async fn load_warm_list(&self) -> Result<Vec<(crate::sstable::TableId, u64)>> {
+        let path = self.dir.join(WARM_NAME);
+        let file = self.disk.open(&path, OpenMode::Read).await?;
+        let len = file.len().await?;
+        let size = usize::try_from(len.min(64 << 20)).unwrap_or(0);
+        let bytes = file.read_at(0, size.next_multiple_of(file.alignment())).await?;
+        let bytes = &bytes[..size.min(bytes.len())];
+        decode_warm_list(bytes).ok_or_else(|| Error::corrupt(Path::new(&path), 0, "warm list"))
+    }
+}

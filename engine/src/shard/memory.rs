@@ -1,0 +1,145 @@
+//! A shard's records that are not yet in tables: the active memtable and the sealed ones.
+//!
+//! Invariant: a record is in here exactly while its LSN is above what the manifest says was
+//! released. The newest version of a key is found first: active, then sealed from the newest.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use super::notify::Notify;
+use crate::log::Lsn;
+use crate::memtable::Memtable;
+use crate::model::{NamespaceId, RecordRef, Timestamp, Token};
+
+/// A memtable that takes no more records and waits to be flushed.
+pub(crate) struct Sealed {
+    /// Its records.
+    pub(crate) memtable: Memtable,
+    /// All records up to here are in this memtable or in older ones.
+    pub(crate) last: Lsn,
+}
+
+/// The active memtable and the sealed ones.
+pub(crate) struct Memory {
+    active: Memtable,
+    last: Lsn,
+    budget_bytes: usize,
+    /// Counts seals, so that a scan notices that records may have moved.
+    epoch: u64,
+    /// Oldest first.
+    sealed: VecDeque<Rc<Sealed>>,
+    /// Greatest stamp in any sealed memtable.
+    sealed_max: Timestamp,
+    /// Told when a memtable was sealed or a sealed one went away.
+    pub(crate) changed: Rc<Notify>,
+}
+
+impl Memory {
+    /// Empty, each memtable sealed at `budget_bytes`.
+    pub(crate) fn new(budget_bytes: usize) -> Memory {
+        Memory {
+            active: Memtable::new(budget_bytes),
+            last: Lsn::default(),
+            budget_bytes,
+            epoch: 0,
+            sealed: VecDeque::new(),
+            sealed_max: Timestamp::ZERO,
+            changed: Rc::default(),
+        }
+    }
+
+    /// Merges a record in; seals the active memtable when it is full.
+    pub(crate) fn insert(&mut self, lsn: Lsn, record: &RecordRef<'_>) {
+        debug_assert!(lsn > self.last);
+        self.active.insert(record);
+        self.last = lsn;
+        if self.active.is_full() {
+            self.seal();
+        }
+    }
+
+    /// Seals the active memtable if it holds anything.
+    pub(crate) fn seal(&mut self) {
+        if self.active.len() == 0 {
+            return;
+        }
+        let memtable = std::mem::replace(&mut self.active, Memtable::new(self.budget_bytes));
+        self.epoch += 1;
+        self.sealed_max = self.sealed_max.max(memtable.max_timestamp());
+        self.sealed.push_back(Rc::new(Sealed { memtable, last: self.last }));
+        self.changed.notify();
+    }
+
+    /// The oldest sealed memtable, which is the next to flush.
+    pub(crate) fn oldest_sealed(&self) -> Option<Rc<Sealed>> {
+        self.sealed.front().cloned()
+    }
+
+    /// Forgets the oldest sealed memtable, after its tables went live.
+    pub(crate) fn remove_oldest_sealed(&mut self) {
+        self.epoch += 1;
+        self.sealed.pop_front().expect("a flush ends with the memtable that it began with");
+        self.sealed_max = self
+            .sealed
+            .iter()
+            .map(|sealed| sealed.memtable.max_timestamp())
+            .max()
+            .unwrap_or(Timestamp::ZERO);
+        self.changed.notify();
+    }
+
+    /// The newest record of a key in memory.
+    ///
+    /// The active memtable answers alone unless a sealed one could hold a greater stamp.
+    #[inline]
+    pub(crate) fn get(
+        &self,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Option<RecordRef<'_>> {
+        let mut best = self.active.get(token, namespace, key);
+        if self.sealed.is_empty() || best.is_some_and(|found| found.timestamp >= self.sealed_max) {
+            return best;
+        }
+        for sealed in self.sealed.iter().rev() {
+            if let Some(found) = sealed.memtable.get(token, namespace, key)
+                && best.is_none_or(|best| found.version() > best.version())
+            {
+                best = Some(found);
+            }
+        }
+        best
+    }
+
+    /// Asks the processor to fetch the cache line where a key's search begins.
+    #[inline]
+    pub(crate) fn prefetch(&self, token: Token) {
+        self.active.prefetch(token);
+    }
+
+    /// The memtables, newest first.
+    pub(crate) fn newest_first(&self) -> impl Iterator<Item = &Memtable> {
+        std::iter::once(&self.active).chain(self.sealed.iter().rev().map(|sealed| &sealed.memtable))
+    }
+
+    /// Changes when the active memtable is sealed or a sealed one goes away.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Sealed memtables that wait for a flush.
+    pub(crate) fn sealed_count(&self) -> usize {
+        self.sealed.len()
+    }
+
+    /// Memory held, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.newest_first().map(Memtable::bytes).sum()
+    }
+
+    /// Keys held, counting a key once a memtable.
+    pub(crate) fn keys(&self) -> usize {
+        self.newest_first().map(Memtable::len).sum()
+    }
+}

@@ -1,0 +1,280 @@
+//! The read path below the pump: memory, filters, index, cache; one await for the block.
+//!
+//! Invariant: the answer is the record with the greatest `(timestamp, dot)` among all that the
+//! shard held at one moment between the call and its answer. A table is skipped when its greatest
+//! timestamp cannot beat what was found.
+//!
+//! [`Shard::probe`] answers from memory and cache alone and allocates nothing;
+//! [`PendingRead::finish`] goes on from where it stopped, with the disk.
+
+use std::rc::Rc;
+
+use super::Shard;
+use crate::disk::{Disk, File};
+use crate::model::{Dot, NamespaceId, Record, RecordRef, Timestamp, Token};
+use crate::runtime::Runtime;
+use crate::sstable::{Block, BlockHandle, TableId};
+use crate::tables::{LiveTable, TableSet};
+use crate::{Error, Result};
+
+/// What memory and cache say of a key.
+#[derive(Debug)]
+pub enum Probe<T, F> {
+    /// The visitor's answer; no disk was needed.
+    Done(T),
+    /// At least one block must be read.
+    Pending(Box<PendingRead<F>>),
+}
+
+/// A key to look for.
+#[derive(Clone, Copy, Debug)]
+struct Wanted<'a> {
+    token: Token,
+    namespace: NamespaceId,
+    key: &'a [u8],
+}
+
+/// The best record found so far, and what keeps its bytes alive.
+#[derive(Debug)]
+enum Best {
+    /// Copied out of a memtable, which may change under a waiting read.
+    Copied(Record),
+    /// In a block of a table.
+    InBlock(Rc<Block>),
+}
+
+impl Best {
+    fn record<'a>(&'a self, wanted: &Wanted<'_>) -> Option<RecordRef<'a>> {
+        match self {
+            Best::Copied(record) => Some(record.as_ref()),
+            Best::InBlock(block) => block.get(wanted.token, wanted.namespace, wanted.key),
+        }
+    }
+}
+
+/// What the next step of a search needs.
+enum Step<F> {
+    /// Nothing: the best is the answer.
+    Done,
+    /// This block of this table.
+    Read(Rc<LiveTable<F>>, BlockHandle),
+}
+
+/// A search that waits for the disk.
+#[derive(Debug)]
+pub struct PendingRead<F> {
+    set: Rc<TableSet<F>>,
+    token: Token,
+    namespace: NamespaceId,
+    key: Box<[u8]>,
+    best: Option<Best>,
+    /// Candidate tables that were searched already.
+    position: usize,
+}
+
+/// The outcome of a search that went to the disk.
+#[derive(Debug)]
+pub struct Found {
+    token: Token,
+    namespace: NamespaceId,
+    key: Box<[u8]>,
+    best: Option<Best>,
+}
+
+impl Found {
+    /// The record, if the key has one (perhaps a tombstone, perhaps expired).
+    #[must_use]
+    pub fn record(&self) -> Option<RecordRef<'_>> {
+        let wanted = Wanted { token: self.token, namespace: self.namespace, key: &self.key };
+        self.best.as_ref()?.record(&wanted)
+    }
+}
+
+impl<D: Disk, R: Runtime> Shard<D, R> {
+    /// Looks for a key in memory and in cached blocks, and shows what it found to `visit`.
+    ///
+    /// The record may be a tombstone or expired: the caller decides what that means.
+    pub fn probe<T>(
+        &self,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+        visit: impl FnOnce(Option<RecordRef<'_>>) -> T,
+    ) -> Probe<T, D::File> {
+        let wanted = Wanted { token, namespace, key };
+        let state = &*self.state;
+        let memory = state.memory.borrow();
+        let in_memory = memory.get(token, namespace, key);
+        if let Some(found) = in_memory
+            && found.timestamp >= state.tables_max.get()
+        {
+            return Probe::Done(visit(Some(found)));
+        }
+        let set = state.tables.current();
+        let mut best = None;
+        let mut position = 0;
+        let floor = in_memory.map(|found| found.version());
+        let step = search(&set, &wanted, floor, &mut best, &mut position, |id, handle| {
+            state.cache.borrow_mut().get(id, handle.offset)
+        });
+        match step {
+            Step::Done => {
+                let in_tables = best.as_ref().and_then(|best: &Best| best.record(&wanted));
+                Probe::Done(visit(in_tables.or(in_memory)))
+            }
+            Step::Read(..) => Probe::Pending(Box::new(PendingRead {
+                set,
+                token,
+                namespace,
+                key: key.into(),
+                best: best.or_else(|| in_memory.map(|found| Best::Copied(found.to_owned()))),
+                position,
+            })),
+        }
+    }
+
+    /// Looks for a key, waiting for the disk if it must.
+    ///
+    /// # Errors
+    /// Whatever the disk or a block's check says. State: unchanged; "absent" is never answered
+    /// for a key whose block could not be read.
+    pub async fn get(
+        &self,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Result<Option<Record>> {
+        match self.probe(token, namespace, key, |found| found.map(|record| record.to_owned())) {
+            Probe::Done(found) => Ok(found),
+            Probe::Pending(pending) => {
+                Ok(pending.finish(self).await?.record().map(|record| record.to_owned()))
+            }
+        }
+    }
+
+    /// The steps of a read, as JSON: what was asked, in order, and what it said. For people; costs
+    /// an allocation a step, and reads nothing.
+    #[must_use]
+    pub fn explain(&self, token: Token, namespace: NamespaceId, key: &[u8]) -> String {
+        let state = &*self.state;
+        let mut steps = vec![format!(r#"{{"step":"token","token":"{token}"}}"#)];
+        let in_memory = state.memory.borrow().get(token, namespace, key).map(|r| r.version());
+        steps.push(format!(r#"{{"step":"memtable","found":{}}}"#, in_memory.is_some()));
+        let set = state.tables.current();
+        let decided = in_memory.is_some_and(|(stamp, _)| stamp >= state.tables_max.get());
+        for candidate in set.candidates(token) {
+            if decided {
+                break;
+            }
+            let table = candidate.table;
+            let id = table.id().0;
+            if !table.may_contain(token) {
+                steps.push(format!(r#"{{"step":"filter","table":{id},"says":"absent"}}"#));
+                continue;
+            }
+            steps.push(format!(r#"{{"step":"filter","table":{id},"says":"perhaps"}}"#));
+            if let Some(handle) = table.locate(token, namespace, key) {
+                let cached = state.cache.borrow().contains(table.id(), handle.offset);
+                steps.push(format!(
+                    r#"{{"step":"block","table":{id},"offset":{},"bytes":{},"cached":{cached}}}"#,
+                    handle.offset, handle.len
+                ));
+            }
+        }
+        format!(r#"{{"steps":[{}]}}"#, steps.join(","))
+    }
+
+    /// Asks the processor to fetch the cache line where a key's search begins.
+    #[inline]
+    pub fn prefetch(&self, token: Token) {
+        self.state.memory.borrow().prefetch(token);
+    }
+}
+
+impl<F: File> PendingRead<F> {
+    /// Reads what is missing, block by block, and gives the answer.
+    ///
+    /// # Errors
+    /// As [`Shard::get`].
+    pub async fn finish<D, R>(mut self: Box<Self>, shard: &Shard<D, R>) -> Result<Found>
+    where
+        D: Disk<File = F>,
+        R: Runtime,
+    {
+        let state = &*shard.state;
+        let mut fresh: Option<(TableId, u64, Rc<Block>)> = None;
+        loop {
+            let wanted = Wanted { token: self.token, namespace: self.namespace, key: &self.key };
+            let floor =
+                self.best.as_ref().and_then(|best| best.record(&wanted)).map(|r| r.version());
+            let step = search(
+                &self.set,
+                &wanted,
+                floor,
+                &mut self.best,
+                &mut self.position,
+                |id, handle| match &fresh {
+                    Some((table, offset, block)) if *table == id && *offset == handle.offset => {
+                        Some(Rc::clone(block))
+                    }
+                    _ => state.cache.borrow_mut().get(id, handle.offset),
+                },
+            );
+            let Step::Read(table, handle) = step else {
+                let PendingRead { token, namespace, key, best, .. } = *self;
+                return Ok(Found { token, namespace, key, best });
+            };
+            let block = match table.read_block(handle).await {
+                Ok(block) => Rc::new(block),
+                Err(error) => {
+                    let corrupt = matches!(error, Error::Corrupt { .. });
+                    state.stats.borrow_mut().corrupt_reads += u64::from(corrupt);
+                    return Err(error);
+                }
+            };
+            {
+                let stats = &mut *state.stats.borrow_mut();
+                stats.blocks_read += 1;
+                stats.block_bytes_read += u64::from(handle.len);
+            }
+            state.cache.borrow_mut().insert(table.id(), Rc::clone(&block));
+            fresh = Some((table.id(), handle.offset, block));
+        }
+    }
+}
+
+/// Goes through the candidate tables from `position` on, newest first, as far as `block_of` can
+/// supply blocks. `floor` is the version that a table must beat; `best` is replaced when beaten.
+fn search<F: File>(
+    set: &TableSet<F>,
+    wanted: &Wanted<'_>,
+    mut floor: Option<(Timestamp, Dot)>,
+    best: &mut Option<Best>,
+    position: &mut usize,
+    mut block_of: impl FnMut(TableId, BlockHandle) -> Option<Rc<Block>>,
+) -> Step<F> {
+    for candidate in set.candidates(wanted.token).skip(*position) {
+        let table = candidate.table;
+        let beaten = floor.is_some_and(|(stamp, _)| table.entry().summary.max_timestamp < stamp);
+        if !beaten
+            && table.may_contain(wanted.token)
+            && let Some(handle) = table.locate(wanted.token, wanted.namespace, wanted.key)
+        {
+            let Some(block) = block_of(table.id(), handle) else {
+                return Step::Read(Rc::clone(table), handle);
+            };
+            let found = block.get(wanted.token, wanted.namespace, wanted.key);
+            if let Some(version) = found.map(|record| record.version())
+                && floor.is_none_or(|floor| version > floor)
+            {
+                floor = Some(version);
+                *best = Some(Best::InBlock(block));
+            }
+        }
+        *position += 1;
+        if floor.is_some_and(|(stamp, _)| candidate.rest_max < stamp) {
+            break;
+        }
+    }
+    Step::Done
+}

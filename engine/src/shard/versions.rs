@@ -1,0 +1,148 @@
+//! What stamps a shard's writes: clock, sequences, and the ceiling that keeps both from ever
+//! going backwards (`RELIABILITY.md` decision 1, `ALGORITHMS.md` 5.2).
+//!
+//! Invariant: no stamp or sequence above the reserved ceiling is used before the log holds a
+//! record that says so. After a restart both begin above the ceiling, whatever was lost.
+
+use std::collections::VecDeque;
+
+use crate::log::{Control, Lsn};
+use crate::model::timestamp::HybridClock;
+use crate::model::{PartitionId, Timestamp, Token, WallMicros};
+
+/// How far ahead of use stamps are reserved, in microseconds.
+const STAMP_RESERVE_US: u64 = 2_000_000;
+/// How many sequences are reserved at a time.
+const SEQUENCE_RESERVE: u64 = 1 << 20;
+
+/// Clock and sequences of one shard.
+#[derive(Debug)]
+pub(crate) struct Versions {
+    pub(crate) clock: HybridClock,
+    /// Last sequence issued, by partition.
+    sequences: Vec<u64>,
+    ceiling_stamp: Timestamp,
+    ceiling_sequence: u64,
+}
+
+impl Versions {
+    /// Continues above what an earlier life reserved, for a ring of `2^partition_bits`.
+    pub(crate) fn starting_above(stamp: Timestamp, sequence: u64, partition_bits: u32) -> Versions {
+        Versions {
+            clock: HybridClock::starting_above(stamp),
+            sequences: vec![sequence; 1 << partition_bits],
+            ceiling_stamp: stamp,
+            ceiling_sequence: sequence,
+        }
+    }
+
+    /// The next sequence of a partition.
+    pub(crate) fn next_sequence(&mut self, partition: PartitionId) -> u64 {
+        let slot = &mut self.sequences[partition.0 as usize];
+        *slot += 1;
+        *slot
+    }
+
+    /// The last sequence issued for a partition.
+    pub(crate) fn last_sequence(&self, partition: PartitionId) -> u64 {
+        self.sequences[partition.0 as usize]
+    }
+
+    /// The control record that must precede a write with this stamp and sequence, if any.
+    pub(crate) fn ceiling_to_reserve(
+        &mut self,
+        stamp: Timestamp,
+        sequence: u64,
+    ) -> Option<Control> {
+        if stamp <= self.ceiling_stamp && sequence <= self.ceiling_sequence {
+            return None;
+        }
+        let wall = WallMicros(stamp.wall().0 + STAMP_RESERVE_US);
+        self.ceiling_stamp = Timestamp::new(wall, 0);
+        if sequence > self.ceiling_sequence {
+            self.ceiling_sequence = sequence + SEQUENCE_RESERVE;
+        }
+        Some(self.ceiling())
+    }
+
+    /// The ceiling in force, to be written again before the log forgets the record that set it.
+    pub(crate) fn ceiling(&self) -> Control {
+        Control::Ceiling { timestamp: self.ceiling_stamp, sequence: self.ceiling_sequence }
+    }
+}
+
+/// Writes between log and memory, and how often each token was written lately.
+#[derive(Debug)]
+pub(crate) struct Unsettled {
+    waiting: VecDeque<(Lsn, Token)>,
+    /// Write counters by remixed token: equal counters mean that the token was not written.
+    counters: Box<[u32; 1 << COUNTER_BITS]>,
+}
+
+const COUNTER_BITS: u32 = 10;
+
+impl Unsettled {
+    pub(crate) fn new() -> Unsettled {
+        Unsettled { waiting: VecDeque::new(), counters: Box::new([0; 1 << COUNTER_BITS]) }
+    }
+
+    /// Takes note of an append; forgets those that are visible.
+    #[inline]
+    pub(crate) fn push(&mut self, lsn: Lsn, token: Token, visible: Lsn) {
+        let counter = &mut self.counters[token.slot(COUNTER_BITS)];
+        *counter = counter.wrapping_add(1);
+        while self.waiting.front().is_some_and(|(oldest, _)| *oldest <= visible) {
+            self.waiting.pop_front();
+        }
+        if lsn > visible {
+            self.waiting.push_back((lsn, token));
+        }
+    }
+
+    /// The last write of the token that may not be visible yet.
+    pub(crate) fn last_of(&self, token: Token) -> Option<Lsn> {
+        self.waiting.iter().rev().find(|(_, other)| *other == token).map(|(lsn, _)| *lsn)
+    }
+
+    /// A number that changes with each write of the token (and of a few others).
+    pub(crate) fn writes_of(&self, token: Token) -> u32 {
+        self.counters[token.slot(COUNTER_BITS)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ceiling_is_reserved_before_it_is_passed_and_not_again_below_it() {
+        let mut versions = Versions::starting_above(Timestamp::ZERO, 0, 4);
+        let stamp = versions.clock.tick(WallMicros(1000));
+        let sequence = versions.next_sequence(PartitionId(3));
+        let ceiling = versions.ceiling_to_reserve(stamp, sequence).expect("the first write");
+        let Control::Ceiling { timestamp, sequence: reserved } = ceiling else {
+            panic!("a ceiling, not {ceiling:?}");
+        };
+        assert!(timestamp > stamp && reserved > sequence);
+        let stamp = versions.clock.tick(WallMicros(1001));
+        let sequence = versions.next_sequence(PartitionId(3));
+        assert_eq!(versions.ceiling_to_reserve(stamp, sequence), None);
+
+        let mut restarted = Versions::starting_above(timestamp, reserved, 4);
+        assert!(restarted.clock.tick(WallMicros(0)) > timestamp);
+        assert_eq!(restarted.next_sequence(PartitionId(5)), reserved + 1);
+    }
+
+    #[test]
+    fn unsettled_writes_are_found_until_visible() {
+        let mut unsettled = Unsettled::new();
+        let before = unsettled.writes_of(Token(7));
+        unsettled.push(Lsn(1), Token(7), Lsn(0));
+        unsettled.push(Lsn(2), Token(9), Lsn(0));
+        assert_eq!(unsettled.last_of(Token(7)), Some(Lsn(1)));
+        assert_ne!(unsettled.writes_of(Token(7)), before);
+        unsettled.push(Lsn(3), Token(9), Lsn(2));
+        assert_eq!(unsettled.last_of(Token(7)), None);
+        assert_eq!(unsettled.last_of(Token(9)), Some(Lsn(3)));
+    }
+}

@@ -1,0 +1,293 @@
+//! The write path below the pump: stamp, condition, log. Memory is reached by the log's sink.
+//!
+//! Invariant: what [`Shard::apply`] returned an LSN for happens exactly once, in LSN order, when
+//! the log makes it visible; a write that was refused never happens.
+//!
+//! A blind write is one append. A write that depends on the key's state (a condition, siblings)
+//! reads first; it is then appended only if nobody wrote the token in between, else it reads
+//! again. That loop ends because each turn of it lets another write of the same key succeed.
+
+use super::Shard;
+use super::space::SpaceLevel;
+use crate::disk::Disk;
+use crate::log::Lsn;
+use crate::model::causality::{InvalidState, KeyState, Sibling};
+use crate::model::{
+    Context, Dot, Kind, NamespaceId, OriginId, Record, RecordRef, Timestamp, Token, VersionVector,
+    WallMicros, limits,
+};
+use crate::options::Durability;
+use crate::runtime::Runtime;
+use crate::{Error, Result};
+
+/// What a namespace does with concurrent writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merge {
+    /// The greatest version wins.
+    LastWriteWins,
+    /// Values that had not seen each other are kept side by side.
+    Siblings,
+}
+
+/// What must hold of the key for the write to happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing.
+    None,
+    /// The key has no live value.
+    Absent,
+    /// The key's live value has this version.
+    Version(Timestamp, Dot),
+}
+
+/// A put or delete.
+#[derive(Clone, Copy, Debug)]
+pub struct Mutation<'a> {
+    /// Hash of the key.
+    pub token: Token,
+    /// Namespace of the key.
+    pub namespace: NamespaceId,
+    /// The namespace's way with concurrent writes.
+    pub merge: Merge,
+    /// 1 to `KEY_SIZE_MAX` bytes.
+    pub key: &'a [u8],
+    /// The value, or `None` to delete.
+    pub value: Option<&'a [u8]>,
+    /// Milliseconds since 2024-01-01 from which the value is gone; 0 is never.
+    pub expiry_ms: u64,
+    /// What the client had read.
+    pub context: Option<&'a Context>,
+    /// When to refuse.
+    pub condition: Condition,
+}
+
+/// A write that was given its place in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// Its place; visible, and in `sync` mode durable, once the log's `visible` reaches it.
+    pub lsn: Lsn,
+    /// Its stamp.
+    pub timestamp: Timestamp,
+    /// Its dot.
+    pub dot: Dot,
+}
+
+/// What came of a conditional write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has its place in the log.
+    Applied(Applied),
+    /// The condition does not hold; nothing was written. The version found, if the key is live.
+    ConditionFalse(Option<(Timestamp, Dot)>),
+}
+
+impl<D: Disk, R: Runtime> Shard<D, R> {
+    /// Whether the mutation must be given to [`Shard::apply_after_read`].
+    #[must_use]
+    pub fn needs_read(mutation: &Mutation<'_>) -> bool {
+        mutation.merge == Merge::Siblings || mutation.condition != Condition::None
+    }
+
+    /// Gives a blind write its place in the log. Costs one append, reads nothing.
+    ///
+    /// # Errors
+    /// `Invalid` (sizes, a context from the future), `Full`, `Busy`, `Poisoned`. State: unchanged,
+    /// the write has not started.
+    pub fn apply(&self, mutation: &Mutation<'_>, wall: WallMicros) -> Result<Applied> {
+        debug_assert!(!Self::needs_read(mutation));
+        self.admit(mutation)?;
+        let (timestamp, dot) = self.stamp(mutation, wall)?;
+        let kind = if mutation.value.is_some() { Kind::Put } else { Kind::Delete };
+        let record = RecordRef {
+            token: mutation.token,
+            namespace: mutation.namespace,
+            incarnation: self.state.incarnation_of(mutation.token),
+            kind,
+            dot,
+            timestamp,
+            expiry_ms: mutation.expiry_ms,
+            key: mutation.key,
+            value: mutation.value.unwrap_or_default(),
+        };
+        let lsn = self.append(&record)?;
+        Ok(Applied { lsn, timestamp, dot })
+    }
+
+    /// Reads the key, checks the condition, merges siblings, and gives the result its place.
+    ///
+    /// # Errors
+    /// As [`Shard::apply`], and whatever the read met. State: unchanged.
+    pub async fn apply_after_read(&self, mutation: &Mutation<'_>) -> Result<Outcome> {
+        self.admit(mutation)?;
+        loop {
+            self.settle_token(mutation.token).await?;
+            let before = self.state.writes_of(mutation.token);
+            let current = self.get(mutation.token, mutation.namespace, mutation.key).await?;
+            if self.state.writes_of(mutation.token) != before {
+                continue;
+            }
+            // From here to the append nothing awaits, so nobody comes in between.
+            let wall = self.state.runtime.wall();
+            let version = current.as_ref().and_then(|record| live_version(&record.as_ref(), wall));
+            let holds = match mutation.condition {
+                Condition::None => true,
+                Condition::Absent => version.is_none(),
+                Condition::Version(timestamp, dot) => version == Some((timestamp, dot)),
+            };
+            if !holds {
+                return Ok(Outcome::ConditionFalse(version));
+            }
+            let applied = match mutation.merge {
+                Merge::LastWriteWins => {
+                    self.apply(&Mutation { condition: Condition::None, ..*mutation }, wall)?
+                }
+                Merge::Siblings => self.apply_siblings(mutation, current.as_ref(), wall)?,
+            };
+            return Ok(Outcome::Applied(applied));
+        }
+    }
+
+    fn apply_siblings(
+        &self,
+        mutation: &Mutation<'_>,
+        current: Option<&Record>,
+        wall: WallMicros,
+    ) -> Result<Applied> {
+        let (timestamp, dot) = self.stamp(mutation, wall)?;
+        let kind = if mutation.value.is_some() { Kind::Put } else { Kind::Delete };
+        let written = RecordRef {
+            token: mutation.token,
+            namespace: mutation.namespace,
+            incarnation: self.state.incarnation_of(mutation.token),
+            kind,
+            dot,
+            timestamp,
+            expiry_ms: mutation.expiry_ms,
+            key: mutation.key,
+            value: mutation.value.unwrap_or_default(),
+        };
+        let path = &self.state.dir;
+        let damaged = |error: InvalidState| Error::corrupt(path, 0, error.to_string());
+        let current = current.map(Record::as_ref);
+        let mut state = match &current {
+            Some(record) => KeyState::of_record(record).map_err(damaged)?,
+            None => KeyState::new(),
+        };
+        let sibling = Sibling {
+            dot,
+            timestamp,
+            is_delete: mutation.value.is_none(),
+            is_blind: false,
+            expiry_ms: mutation.expiry_ms,
+            value: written.value,
+        };
+        let everything;
+        let context = match (mutation.context, mutation.value) {
+            (Some(context), _) => context,
+            // A delete without context deletes what is there (`ALGORITHMS.md` 5.3).
+            (None, None) => {
+                everything = state.context();
+                &everything
+            }
+            (None, Some(_)) => &Context::default(),
+        };
+        state.write(sibling, context).map_err(|full| Error::Invalid { what: full.to_string() })?;
+        state.prune(limits::VECTOR_ENTRIES_MAX, &VersionVector::new());
+        let record = state.to_record(&written);
+        let lsn = self.append(&record.as_ref())?;
+        Ok(Applied { lsn, timestamp, dot })
+    }
+
+    /// The greatest sequence that an origin is known to have issued for the token's partition;
+    /// `None` for origins of which nothing is known here.
+    #[must_use]
+    pub fn issued(&self, token: Token, origin: OriginId) -> Option<u64> {
+        let own = origin == self.state.identity.node;
+        let partition = token.partition(self.state.identity.partition_bits);
+        own.then(|| self.state.versions.borrow().last_sequence(partition))
+    }
+
+    /// How long an acknowledged write may wait for its sync, in ms; 0: it is synced before.
+    #[inline]
+    #[must_use]
+    pub fn durability_window_ms(&self) -> u32 {
+        match self.state.options.log.durability {
+            Durability::Sync => 0,
+            Durability::Periodic { window_ms } => u32::try_from(window_ms).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Refuses what cannot be written, before anything is done.
+    fn admit(&self, mutation: &Mutation<'_>) -> Result<()> {
+        let options = &self.state.options;
+        if mutation.key.is_empty() || mutation.key.len() > limits::KEY_SIZE_MAX {
+            return Err(Error::Invalid {
+                what: format!(
+                    "a key has 1 to {} bytes, this one has {}",
+                    limits::KEY_SIZE_MAX,
+                    mutation.key.len()
+                ),
+            });
+        }
+        let size = mutation.value.map_or(0, <[u8]>::len);
+        if size > options.value_size_max {
+            return Err(Error::Invalid {
+                what: format!(
+                    "a value has at most {} bytes (`value-size-max`), this one has {size}",
+                    options.value_size_max
+                ),
+            });
+        }
+        match self.state.space.level() {
+            SpaceLevel::Reserve => Err(self.state.space.refusal()),
+            SpaceLevel::RefuseData if mutation.value.is_some() => Err(self.state.space.refusal()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The stamp and dot of a new write; reserves a new ceiling in the log when it must.
+    fn stamp(&self, mutation: &Mutation<'_>, wall: WallMicros) -> Result<(Timestamp, Dot)> {
+        let mut versions = self.state.versions.borrow_mut();
+        if let Some(context) = mutation.context {
+            versions
+                .clock
+                .observe(context.timestamp, wall, limits::CLOCK_OFFSET_MAX_US)
+                .map_err(|skew| Error::Invalid { what: format!("the context's {skew}") })?;
+        }
+        let timestamp = versions.clock.tick(wall);
+        let partition = mutation.token.partition(self.state.identity.partition_bits);
+        let sequence = versions.next_sequence(partition);
+        if let Some(ceiling) = versions.ceiling_to_reserve(timestamp, sequence) {
+            self.state.log.append_control(ceiling)?;
+        }
+        Ok((timestamp, Dot { origin: self.state.identity.node, sequence }))
+    }
+
+    fn append(&self, record: &RecordRef<'_>) -> Result<Lsn> {
+        let lsn = self.state.log.append(record)?;
+        self.state.unsettled.borrow_mut().push(lsn, record.token, self.state.log.visible());
+        Ok(lsn)
+    }
+
+    /// Waits until no write of the token is between log and memory.
+    async fn settle_token(&self, token: Token) -> Result<()> {
+        loop {
+            let last = self.state.unsettled.borrow().last_of(token);
+            match last {
+                Some(lsn) if lsn > self.state.log.visible() => {
+                    self.state.log.wait_visible(lsn).await?
+                }
+                _ => return Ok(()),
+            }
+        }
+    }
+}
+
+/// The version of a record's live value; of siblings, of the newest live one.
+fn live_version(record: &RecordRef<'_>, wall: WallMicros) -> Option<(Timestamp, Dot)> {
+    if record.kind != Kind::Siblings {
+        return record.is_live(wall).then(|| record.version());
+    }
+    let state = KeyState::of_record(record).ok()?;
+    state.live(wall).map(Sibling::version).max()
+}

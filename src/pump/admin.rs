@@ -1,0 +1,142 @@
+//! ADMIN and STATS: handed to the desk of the node, answered as JSON.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use annulus_engine::disk::Disk;
+use annulus_engine::model::Token;
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::{ShardStats, SpaceLevel};
+use annulus_net::wire::hello::{self, NamespaceFact};
+use annulus_net::wire::response::{Failure, Page};
+use annulus_net::wire::status::Status;
+
+use super::{Answer, Done, Origin, Pump, Wires};
+use crate::metrics::{Gauges, ShardMetrics, ShardSnapshot};
+use crate::namespaces::{Catalogue, Mode};
+
+/// A command being carried out. Ends with its JSON, or with a status and a sentence.
+pub type AdminJob = Pin<Box<dyn Future<Output = Result<Vec<u8>, (Status, String)>>>>;
+
+/// Where admin commands are carried out: it knows the node, the pump knows one shard.
+pub trait AdminDesk {
+    /// Begins a command; `stats` is the STATS request.
+    fn begin(&self, command: &str, arguments: &str) -> AdminJob;
+}
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    pub(super) fn begin_admin(&mut self, origin: Origin, command: &str, arguments: &str) {
+        let job = self.desk.begin(command, arguments);
+        self.spawn(async move { Done::Admin { origin, reply: job.await } });
+    }
+
+    pub(super) fn answer_admin(
+        &mut self,
+        origin: Origin,
+        reply: Result<Vec<u8>, (Status, String)>,
+        wires: &mut dyn Wires,
+    ) {
+        match (reply, origin) {
+            (Ok(json), Origin::Connection(connection, ticket)) => {
+                if let Some(session) = self.sessions.get_mut(connection)
+                    && let Some(out) = wires.out(connection)
+                {
+                    session.wire.replies(out).json(ticket, json);
+                }
+            }
+            (Ok(json), origin) => self.answer(origin, &Answer::Raw(Status::OK, &json), wires),
+            (Err((status, message)), origin) => {
+                let failure = Failure::new(status, &message);
+                self.answer(origin, &Answer::Failure(failure), wires);
+            }
+        }
+    }
+
+    pub(super) fn answer_page(
+        &mut self,
+        origin: Origin,
+        page: Page,
+        next: Option<(Token, &[u8])>,
+        wires: &mut dyn Wires,
+    ) {
+        if let Origin::Connection(connection, ticket) = origin {
+            if let Some(session) = self.sessions.get_mut(connection)
+                && let Some(out) = wires.out(connection)
+            {
+                session.wire.replies(out).page(ticket, page, next);
+            }
+        } else {
+            let body = page.into_body(next);
+            self.answer(origin, &Answer::Raw(Status::OK, &body), wires);
+        }
+    }
+}
+
+/// The namespaces as HELLO tells them.
+pub(super) fn namespace_facts(catalogue: &Catalogue) -> Vec<NamespaceFact> {
+    catalogue
+        .iter()
+        .map(|namespace| NamespaceFact {
+            id: namespace.id,
+            mode: match namespace.mode {
+                Mode::Lww => hello::Mode::Lww,
+                Mode::Siblings => hello::Mode::Siblings,
+                Mode::Linearizable => hello::Mode::Linearizable,
+            },
+            name: namespace.name.clone(),
+        })
+        .collect()
+}
+
+/// One shard's numbers, for other threads.
+pub(super) fn snapshot(
+    shard: u32,
+    metrics: &ShardMetrics,
+    stats: &ShardStats,
+    (connections, in_flight, held): (u64, u64, u64),
+) -> ShardSnapshot {
+    let mut metrics = metrics.clone();
+    let counters = &mut metrics.counters;
+    counters.log_records = stats.log.records;
+    counters.log_batches = stats.log.batches;
+    counters.log_write_bytes = stats.log.device_bytes;
+    counters.flushes = stats.counters.flushes;
+    counters.flush_write_bytes = stats.counters.flushed_bytes;
+    counters.compactions = stats.compactions;
+    counters.compaction_read_bytes = stats.compaction_read_bytes;
+    counters.compaction_write_bytes = stats.compacted_bytes;
+    counters.device_reads = stats.counters.blocks_read;
+    counters.device_read_bytes = stats.counters.block_bytes_read;
+    counters.cache_hits = stats.cache_hits;
+    counters.cache_misses = stats.cache_misses;
+    let gauges = Gauges {
+        connections,
+        requests_in_flight: in_flight,
+        request_bytes_in_flight: held,
+        memtable_records: stats.memory_keys as u64,
+        memtable_bytes: stats.memory_bytes as u64,
+        tables: stats.tables as u64,
+        table_bytes: stats.table_bytes,
+        table_records: stats.table_records,
+        compaction_debt_bytes: stats.debt_bytes,
+        log_segments: stats.log.segments_live as u64,
+        log_replay_bytes: stats.log_replay_bytes,
+        log_pending_bytes: stats.log_pending_bytes as u64,
+        cache_bytes: stats.cache_bytes as u64,
+        pinned_bytes: stats.pinned_bytes as u64,
+        log_poisoned: u64::from(stats.poisoned.is_some()),
+    };
+    ShardSnapshot { shard, metrics, gauges }
+}
+
+/// The disk's level as the metrics name it.
+#[must_use]
+pub fn disk_level(level: SpaceLevel) -> crate::metrics::DiskLevel {
+    use crate::metrics::DiskLevel;
+    match level {
+        SpaceLevel::Normal => DiskLevel::Ok,
+        SpaceLevel::Pace => DiskLevel::Pace,
+        SpaceLevel::RefuseData => DiskLevel::Refuse,
+        SpaceLevel::Reserve => DiskLevel::Reserve,
+    }
+}

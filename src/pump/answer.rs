@@ -1,0 +1,106 @@
+//! Who is owed an answer, and how it reaches him.
+//!
+//! A request comes from a connection, from a batch, or from another shard; its answer is the same
+//! three ways. Invariant: an [`Origin`] is consumed by exactly one answer.
+
+use annulus_net::server_connection::{Replies, Ticket};
+use annulus_net::wire::frame::Opcode;
+use annulus_net::wire::response::{self, BatchResults, Failure, ReadFacts, ValueRef, WriteFacts};
+use annulus_net::wire::status::Status;
+
+/// Names a connection of this shard for as long as it lives; never reused while answers to it may
+/// be on their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionKey(pub u64);
+
+/// Who waits for an answer.
+#[derive(Debug)]
+pub enum Origin {
+    /// A request of a connection.
+    Connection(ConnectionKey, Ticket),
+    /// One operation of a batch.
+    Batch {
+        /// The batch, in the pump's table.
+        batch: usize,
+        /// Which operation.
+        index: u32,
+        /// Its verb.
+        verb: Opcode,
+    },
+    /// A request that another shard handed over.
+    Shard {
+        /// That shard.
+        shard: u32,
+        /// Its number for the request.
+        id: u64,
+    },
+}
+
+/// What to answer.
+#[derive(Debug)]
+pub enum Answer<'a> {
+    /// The values of a key; none means absent.
+    Read(ReadFacts<'a>, &'a [ValueRef<'a>]),
+    /// A write was done.
+    Written(WriteFacts<'a>),
+    /// A condition was false; the version is the live value's.
+    ConditionFalse(WriteFacts<'a>),
+    /// It failed.
+    Failure(Failure<'a>),
+    /// What another shard answered, as it stands.
+    Raw(Status, &'a [u8]),
+}
+
+impl Answer<'_> {
+    /// Answers a connection's request.
+    pub(super) fn to_connection(&self, replies: &mut Replies<'_>, ticket: Ticket) {
+        match self {
+            Answer::Read(facts, values) => replies.read(ticket, facts, values),
+            Answer::Written(facts) => replies.written(ticket, facts),
+            Answer::ConditionFalse(facts) => replies.condition_false(ticket, facts),
+            Answer::Failure(failure) => replies.failure(ticket, failure),
+            Answer::Raw(status, body) => replies.raw(ticket, *status, body),
+        }
+    }
+
+    /// Adds the result to a batch's.
+    pub(super) fn to_batch(&self, results: &mut BatchResults, index: u32, verb: Opcode) {
+        match self {
+            Answer::Read(facts, values) => results.read(index, facts, values),
+            Answer::Written(facts) => results.write(index, verb, Status::OK, facts),
+            Answer::ConditionFalse(facts) => {
+                results.write(index, verb, Status::CONDITION_FALSE, facts);
+            }
+            Answer::Failure(failure) => results.failure(index, verb, failure),
+            Answer::Raw(status, body) => results.raw(index, verb, *status, body),
+        }
+    }
+
+    /// Status and body, for another shard to pass on.
+    pub(super) fn to_bytes(&self) -> (Status, Vec<u8>) {
+        let mut body = Vec::new();
+        let status = match self {
+            Answer::Read(facts, values) => {
+                response::encode_read(&mut body, facts, values);
+                response::read_status(values)
+            }
+            Answer::Written(facts) => {
+                response::encode_write(&mut body, facts);
+                Status::OK
+            }
+            Answer::ConditionFalse(facts) => {
+                response::encode_write(&mut body, facts);
+                Status::CONDITION_FALSE
+            }
+            Answer::Failure(failure) => {
+                response::encode_failure(&mut body, failure);
+                failure.status
+            }
+            Answer::Raw(status, bytes) => {
+                body.extend_from_slice(bytes);
+                *status
+            }
+        };
+        (status, body)
+    }
+}

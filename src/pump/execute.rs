@@ -1,0 +1,612 @@
+//! Carrying out requests: which shard, which path, and the shape of the answer.
+//!
+//! Invariant: a request is refused before anything is done, or it gets exactly one answer. The
+//! common cases (a read from memory or cache, a blind write) neither allocate nor start a task.
+
+use std::borrow::Cow;
+
+use annulus_engine::Error;
+use annulus_engine::disk::Disk;
+use annulus_engine::model::causality::{BoundContext, Context, KeyState};
+use annulus_engine::model::{Instant, Kind, NamespaceId, RecordRef, Timestamp, Token, WallMicros};
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::{Condition, Merge, Mutation, Outcome, Probe, ScanRequest, Shard};
+use annulus_net::server_connection::{Arrival, Replies, Ticket};
+use annulus_net::wire::batch::Batch;
+use annulus_net::wire::fields::{self, OperationFlags, Ttl, Version};
+use annulus_net::wire::frame::Opcode;
+use annulus_net::wire::operation::{Get, Operation, WriteOptions};
+use annulus_net::wire::request::Request;
+use annulus_net::wire::response::{BatchResults, Failure, Page, ReadFacts, ValueRef, WriteFacts};
+use annulus_net::wire::scan::{Scan, TOMBSTONES};
+use annulus_net::wire::status::Status;
+
+use super::writes::Waiting;
+use super::{
+    Answer, BATCH_RESULT_BYTES_MAX, BatchInProgress, ConnectionKey, Done, Message, Origin, Pump,
+    TASKS_MAX, Wires,
+};
+
+/// What is remembered of a request while a task works for it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pending {
+    pub(super) namespace: NamespaceId,
+    pub(super) token: Token,
+    pub(super) flags: OperationFlags,
+    pub(super) as_of: Timestamp,
+    pub(super) bytes: usize,
+    pub(super) is_put: bool,
+}
+
+/// Where an answer goes that may be given at once.
+pub(super) enum Target<'r, 's> {
+    /// A request of the connection whose bytes are being taken.
+    Connection(&'r mut Replies<'s>, ConnectionKey, Ticket),
+    /// One operation of the batch that is being begun.
+    Batch(&'r mut BatchResults, usize, u32, Opcode),
+    /// Another shard, by its outbox.
+    Shard(&'r mut Vec<(u32, Message)>, u32, u64),
+}
+
+impl Target<'_, '_> {
+    fn answer(self, answer: &Answer<'_>) {
+        match self {
+            Target::Connection(replies, _, ticket) => answer.to_connection(replies, ticket),
+            Target::Batch(results, _, index, verb) => answer.to_batch(results, index, verb),
+            Target::Shard(outbox, shard, id) => {
+                let (status, body) = answer.to_bytes();
+                outbox.push((shard, Message::Answer { id, status, body }));
+            }
+        }
+    }
+
+    fn defer(self) -> Origin {
+        match self {
+            Target::Connection(_, connection, ticket) => Origin::Connection(connection, ticket),
+            Target::Batch(_, batch, index, verb) => Origin::Batch { batch, index, verb },
+            Target::Shard(_, shard, id) => Origin::Shard { shard, id },
+        }
+    }
+}
+
+/// The engine's refusal as the wire says it.
+pub(super) fn failure_of<'a>(error: &Error, message: &'a str) -> Failure<'a> {
+    let status = match error {
+        Error::Busy { .. } => Status::BUSY,
+        Error::Full { .. } => Status::FULL,
+        Error::Invalid { .. } => Status::BAD_REQUEST,
+        Error::Corrupt { .. } => Status::CORRUPT,
+        Error::Poisoned { .. } | Error::Mismatch { .. } | Error::Io { .. } => Status::UNAVAILABLE,
+    };
+    let failure = Failure::new(status, message);
+    if status == Status::BUSY { failure.retry_after(2) } else { failure }
+}
+
+/// Shows a found record's live values to `show`, with the context's bytes.
+fn with_values<T>(
+    record: Option<&RecordRef<'_>>,
+    wall: WallMicros,
+    version_only: bool,
+    context: impl FnOnce(&KeyState<'_>) -> Vec<u8>,
+    show: impl FnOnce(&[ValueRef<'_>], &[u8]) -> T,
+) -> T {
+    match record {
+        None => show(&[], &[]),
+        Some(record) if record.kind == Kind::Siblings => {
+            // A state that cannot be decoded would have failed its block's checksum before.
+            let Ok(state) = KeyState::of_record(record) else { return show(&[], &[]) };
+            let values: Vec<ValueRef<'_>> = state
+                .live(wall)
+                .map(|sibling| ValueRef {
+                    version: Version { timestamp: sibling.timestamp, dot: sibling.dot },
+                    expiry_ms: sibling.expiry_ms,
+                    value: if version_only { &[] } else { sibling.value },
+                })
+                .collect();
+            show(&values, &context(&state))
+        }
+        Some(record) if record.is_live(wall) => {
+            let mut value = ValueRef::from(record);
+            if version_only {
+                value.value = &[];
+            }
+            show(&[value], &[])
+        }
+        Some(_) => show(&[], &[]),
+    }
+}
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    /// One request of a connection.
+    pub(super) fn handle(
+        &mut self,
+        connection: ConnectionKey,
+        replies: &mut Replies<'_>,
+        arrival: Arrival,
+        request: Request<'_>,
+    ) {
+        let Arrival { ticket, deadline, .. } = arrival;
+        let target = Target::Connection(replies, connection, ticket);
+        let operation = match request {
+            Request::Get(get) => Operation::Get(get),
+            Request::Put(put) => Operation::Put(put),
+            Request::Delete(delete) => Operation::Delete(delete),
+            Request::Batch(batch) => return self.begin_batch(target, deadline, &batch),
+            Request::Scan(scan) => {
+                let origin = target.defer();
+                return self.route_scan(origin, deadline, &scan);
+            }
+            Request::Stats => return self.begin_admin(target.defer(), "stats", "{}"),
+            Request::Admin(admin) => {
+                return self.begin_admin(target.defer(), admin.command, admin.json);
+            }
+            // The connection answers these itself.
+            Request::Hello(_) | Request::Ping(_) => {
+                let failure = Failure::new(Status::UNSUPPORTED, "not expected here");
+                return target.answer(&Answer::Failure(failure));
+            }
+        };
+        self.route(target, deadline, &operation);
+    }
+
+    /// An operation for which nobody stands by: from another shard.
+    pub(super) fn execute_later(
+        &mut self,
+        origin: Origin,
+        deadline: Instant,
+        operation: &Operation<'_>,
+        wires: &mut dyn Wires,
+    ) {
+        if let Origin::Shard { shard, id } = origin {
+            let mut outbox = std::mem::take(&mut self.outbox);
+            self.execute(Target::Shard(&mut outbox, shard, id), deadline, operation);
+            outbox.append(&mut self.outbox);
+            self.outbox = outbox;
+        } else {
+            let failure = Failure::new(Status::UNSUPPORTED, "not from a shard");
+            self.answer(origin, &Answer::Failure(failure), wires);
+        }
+    }
+
+    fn route(&mut self, target: Target<'_, '_>, deadline: Instant, operation: &Operation<'_>) {
+        let shard = self.map.shard_of(operation.token());
+        if shard == self.map.own() {
+            return self.execute(target, deadline, operation);
+        }
+        let mut body = Vec::with_capacity(operation.size());
+        operation.encode(&mut body);
+        if self.can_hand_over() {
+            let handed = self.hand_over(shard, operation.opcode(), body, deadline, target.defer());
+            debug_assert!(handed.is_ok(), "checked just above");
+        } else {
+            target.answer(&Answer::Failure(too_many_forwarded()));
+        }
+    }
+
+    fn execute(&mut self, target: Target<'_, '_>, deadline: Instant, operation: &Operation<'_>) {
+        if deadline <= self.now {
+            let failure = Failure::new(Status::EXPIRED, "the deadline had passed");
+            self.count_failure(&Answer::Failure(failure));
+            return target.answer(&Answer::Failure(failure));
+        }
+        match operation {
+            Operation::Get(get) => self.get(target, get),
+            Operation::Put(put) => {
+                let expiry_ms = match self.expiry(put.namespace, put.ttl) {
+                    Ok(expiry_ms) => expiry_ms,
+                    Err(failure) => return target.answer(&Answer::Failure(failure)),
+                };
+                let wanted = (put.token, put.namespace, put.key);
+                self.write(target, deadline, wanted, Some(put.value), expiry_ms, &put.options);
+            }
+            Operation::Delete(delete) => {
+                let wanted = (delete.token, delete.namespace, delete.key);
+                self.write(target, deadline, wanted, None, 0, &delete.options);
+            }
+        }
+    }
+
+    /// The moment from which a value is gone, in milliseconds since 2024-01-01; 0 is never.
+    fn expiry(&self, namespace: NamespaceId, ttl: Ttl) -> Result<u64, Failure<'static>> {
+        let millis = match ttl {
+            Ttl::Never => 0,
+            Ttl::Default => self.namespace(namespace)?.ttl_ms,
+            Ttl::Millis(millis) => millis,
+        };
+        let longest = annulus_engine::model::limits::TTL_MS_MAX;
+        if millis > longest {
+            return Err(
+                Failure::new(Status::BAD_REQUEST, "the time to live is too long").detail(longest)
+            );
+        }
+        Ok(if millis == 0 { 0 } else { self.wall.as_millis() + millis })
+    }
+
+    /// Every write at or below this stamp is in what a read finds now.
+    fn as_of(&self) -> Timestamp {
+        match self.writes.oldest_invisible(self.shard.visible()) {
+            Some(oldest) => Timestamp(oldest.0 - 1),
+            None => Timestamp::new(self.wall, 0),
+        }
+    }
+
+    fn get(&mut self, target: Target<'_, '_>, get: &Get<'_>) {
+        if let Err(failure) = self.namespace(get.namespace) {
+            return target.answer(&Answer::Failure(failure));
+        }
+        let as_of = self.as_of();
+        let (wall, secret) = (self.wall, self.secret);
+        let version_only = get.flags.has(OperationFlags::VERSION_ONLY);
+        let trace = if get.flags.has(OperationFlags::TRACE) {
+            self.shard.explain(get.token, get.namespace, get.key).into_bytes()
+        } else {
+            Vec::new()
+        };
+        let mut target = Some(target);
+        let probe = self.shard.probe(get.token, get.namespace, get.key, |found| {
+            let context =
+                |state: &KeyState<'_>| sign(state.context(), secret, get.namespace, get.token);
+            with_values(found.as_ref(), wall, version_only, context, |values, context| {
+                let facts = ReadFacts { as_of, answers: 1, primaries: 1, context, trace: &trace };
+                if let Some(target) = target.take() {
+                    target.answer(&Answer::Read(facts, values));
+                }
+                !values.is_empty()
+            })
+        });
+        let counters = &mut self.metrics.borrow_mut().counters;
+        counters.gets += 1;
+        match (probe, target) {
+            (Probe::Done(hit), _) => {
+                counters.get_hits += u64::from(hit);
+                counters.get_memtable_hits += u64::from(hit);
+            }
+            (Probe::Pending(_), Some(target)) if self.tasks.len() >= TASKS_MAX => {
+                counters.refused_busy += 1;
+                let failure = Failure::new(Status::BUSY, "too many reads wait for the disk");
+                target.answer(&Answer::Failure(failure.retry_after(2)));
+            }
+            (Probe::Pending(read), Some(target)) => {
+                let origin = target.defer();
+                let (shard, began) = (self.shard.clone(), self.now);
+                let pending = Pending {
+                    namespace: get.namespace,
+                    token: get.token,
+                    flags: get.flags,
+                    as_of,
+                    bytes: 0,
+                    is_put: false,
+                };
+                self.tasks.push(Box::pin(async move {
+                    let found = read.finish(&shard).await;
+                    Done::Read { origin, pending, found, began }
+                }));
+            }
+            (Probe::Pending(_), None) => {}
+        }
+    }
+
+    fn write(
+        &mut self,
+        target: Target<'_, '_>,
+        deadline: Instant,
+        (token, namespace_id, key): (Token, NamespaceId, &[u8]),
+        value: Option<&[u8]>,
+        expiry_ms: u64,
+        options: &WriteOptions<'_>,
+    ) {
+        let namespace = match self.namespace(namespace_id) {
+            Ok(namespace) => namespace,
+            Err(failure) => return target.answer(&Answer::Failure(failure)),
+        };
+        let merge = Self::merge_of(namespace);
+        let context = match options.context {
+            None => None,
+            Some(bytes) => match self.open_context(namespace_id, token, bytes) {
+                Ok(context) => Some(context),
+                Err(failure) => return target.answer(&Answer::Failure(failure)),
+            },
+        };
+        let condition = match options.condition {
+            fields::Condition::Always => Condition::None,
+            fields::Condition::IfAbsent => Condition::Absent,
+            fields::Condition::IfVersion(version) => {
+                Condition::Version(version.timestamp, version.dot)
+            }
+        };
+        let mutation = Mutation {
+            token,
+            namespace: namespace_id,
+            merge,
+            key,
+            value,
+            expiry_ms,
+            context: context.as_ref(),
+            condition,
+        };
+        let bytes = key.len() + value.map_or(0, <[u8]>::len);
+        if Shard::<D, R>::needs_read(&mutation) {
+            return self.write_after_read(target, &mutation, options.flags);
+        }
+        let applied = match self.shard.apply(&mutation, self.wall) {
+            Ok(applied) => applied,
+            Err(error) => {
+                let message = error.to_string();
+                let answer = Answer::Failure(failure_of(&error, &message));
+                self.count_failure(&answer);
+                return target.answer(&answer);
+            }
+        };
+        let delay = self.shard.write_delay_nanos(bytes, self.now);
+        let trace = options.flags.has(OperationFlags::TRACE);
+        if delay == 0 && !trace && self.writes.is_empty() && self.shard.visible() >= applied.lsn {
+            self.count_write(self.now, bytes, value.is_some());
+            return target.answer(&Answer::Written(self.write_facts(&applied, &[], &[])));
+        }
+        self.metrics.borrow_mut().counters.write_delay_nanos += delay;
+        self.writes.push(Waiting {
+            applied,
+            deadline,
+            not_before: self.now.after_nanos(delay),
+            began: self.now,
+            bytes,
+            is_put: value.is_some(),
+            origin: Some(target.defer()),
+            trace,
+        });
+    }
+
+    fn open_context(
+        &self,
+        namespace: NamespaceId,
+        token: Token,
+        bytes: &[u8],
+    ) -> Result<Context, Failure<'static>> {
+        let refuse = |what| Failure::new(Status::BAD_CONTEXT, what);
+        let bound = BoundContext::decode(self.secret, namespace, token, bytes)
+            .map_err(|_| refuse("the context is not one that was given out for this key"))?;
+        bound
+            .check_issued(|origin| self.shard.issued(token, origin))
+            .map_err(|_| refuse("the context names writes that were never made"))?;
+        Ok(bound.context)
+    }
+
+    fn write_after_read(
+        &mut self,
+        target: Target<'_, '_>,
+        mutation: &Mutation<'_>,
+        flags: OperationFlags,
+    ) {
+        if self.tasks.len() >= TASKS_MAX {
+            let failure = Failure::new(Status::BUSY, "too many writes wait for a read");
+            return target.answer(&Answer::Failure(failure.retry_after(2)));
+        }
+        let origin = target.defer();
+        let (shard, began, secret) = (self.shard.clone(), self.now, self.secret);
+        let pending = Pending {
+            namespace: mutation.namespace,
+            token: mutation.token,
+            flags,
+            as_of: Timestamp::ZERO,
+            bytes: mutation.key.len() + mutation.value.map_or(0, <[u8]>::len),
+            is_put: mutation.value.is_some(),
+        };
+        let key = mutation.key.to_vec();
+        let value = mutation.value.map(<[u8]>::to_vec);
+        let context = mutation.context.cloned();
+        let (merge, condition) = (mutation.merge, mutation.condition);
+        let expiry_ms = mutation.expiry_ms;
+        self.spawn(async move {
+            let mutation = Mutation {
+                token: pending.token,
+                namespace: pending.namespace,
+                merge,
+                key: &key,
+                value: value.as_deref(),
+                expiry_ms,
+                context: context.as_ref(),
+                condition,
+            };
+            let mut outcome = shard.apply_after_read(&mutation).await;
+            let mut context = Vec::new();
+            if let Ok(Outcome::Applied(applied)) = outcome {
+                if let Err(error) = shard.wait_visible(applied.lsn).await {
+                    outcome = Err(error);
+                } else if merge == Merge::Siblings
+                    && let Ok(Some(record)) =
+                        shard.get(pending.token, pending.namespace, &key).await
+                    && let Ok(state) = KeyState::of_record(&record.as_ref())
+                {
+                    context = sign(state.context(), secret, pending.namespace, pending.token);
+                }
+            }
+            Done::Write { origin, pending, outcome, context, began }
+        });
+    }
+
+    fn begin_batch(&mut self, target: Target<'_, '_>, deadline: Instant, batch: &Batch<'_>) {
+        let Target::Connection(replies, connection, ticket) = target else { return };
+        self.metrics.borrow_mut().counters.batches += 1;
+        let id = self.next_batch;
+        self.next_batch += 1;
+        let mut results = BatchResults::new(batch.count());
+        for (index, operation) in (0u32..).zip(batch.iter()) {
+            let verb = operation.opcode();
+            if results.size() > BATCH_RESULT_BYTES_MAX {
+                let failure = Failure::new(Status::BUSY, "the batch's results are too large");
+                results.failure(index, verb, &failure);
+                continue;
+            }
+            self.route(Target::Batch(&mut results, id, index, verb), deadline, &operation);
+        }
+        if results.is_complete() {
+            replies.batch(ticket, results);
+        } else {
+            let waiting = BatchInProgress { connection, ticket: Some(ticket), results };
+            self.batches.insert(id, waiting);
+        }
+    }
+
+    fn route_scan(&mut self, origin: Origin, deadline: Instant, scan: &Scan<'_>) {
+        let shard = self.map.shard_of(scan.range.first);
+        if shard == self.map.own() {
+            return self.start_scan(origin, scan);
+        }
+        let mut body = Vec::with_capacity(scan.size());
+        scan.encode(&mut body);
+        // Refused only when thousands are under way; the deadline then answers.
+        if let Err(origin) = self.hand_over(shard, Opcode::Scan, body, deadline, origin) {
+            self.tasks.push(Box::pin(std::future::ready(Done::Admin {
+                origin,
+                reply: Err((Status::BUSY, "the key's shard is overloaded".to_owned())),
+            })));
+        }
+    }
+
+    pub(super) fn begin_scan(&mut self, origin: Origin, scan: &Scan<'_>, _: &mut dyn Wires) {
+        self.start_scan(origin, scan);
+    }
+
+    fn start_scan(&mut self, origin: Origin, scan: &Scan<'_>) {
+        let limits = &self.facts.welcome.limits;
+        let mut page = Page::new(scan, limits.message_size_max / 64, limits.message_size_max);
+        let last = self.map.last_token_of_shard(scan.range.first);
+        let range = annulus_engine::model::TokenRange {
+            first: scan.range.first,
+            last: scan.range.last.min(last),
+        };
+        let beyond = (range.last < scan.range.last).then_some(Token(range.last.0.wrapping_add(1)));
+        let (shard, wall) = (self.shard.clone(), self.wall);
+        let (namespace, after) = (scan.namespace, scan.after.to_vec());
+        let all = scan.flags & TOMBSTONES != 0;
+        let known = self.namespace(namespace).is_ok();
+        self.metrics.borrow_mut().counters.scans += 1;
+        self.spawn(async move {
+            if !known {
+                let reply = Err((Status::NO_NAMESPACE, "no namespace has this id".to_owned()));
+                return Done::Admin { origin, reply };
+            }
+            let request = ScanRequest { range, after: &after, namespace: Some(namespace) };
+            let next = shard
+                .scan(&request, &mut |record| {
+                    if all || record.kind != Kind::Siblings && record.is_live(wall) {
+                        page.push(record);
+                    } else if record.kind == Kind::Siblings {
+                        push_newest(&mut page, record, wall);
+                    }
+                    !page.is_full()
+                })
+                .await
+                .map(|next| next.or(beyond.map(|token| (token, Vec::new()))));
+            Done::Scan { origin, page, next }
+        });
+    }
+
+    /// A task has ended: its answer goes out.
+    pub(super) fn finish(&mut self, done: Done, wires: &mut dyn Wires) {
+        match done {
+            Done::Read { origin, pending, found, began } => {
+                self.metrics.borrow_mut().read_latency.record(self.now.nanos_since(began));
+                let (wall, secret) = (self.wall, self.secret);
+                let found = match found {
+                    Ok(found) => found,
+                    Err(error) => {
+                        tracing::error!(%error, "a read failed");
+                        let message = error.to_string();
+                        let answer = Answer::Failure(failure_of(&error, &message));
+                        return self.answer(origin, &answer, wires);
+                    }
+                };
+                let record = found.record();
+                let version_only = pending.flags.has(OperationFlags::VERSION_ONLY);
+                let context = |state: &KeyState<'_>| {
+                    sign(state.context(), secret, pending.namespace, pending.token)
+                };
+                with_values(record.as_ref(), wall, version_only, context, |values, context| {
+                    self.metrics.borrow_mut().counters.get_hits += u64::from(!values.is_empty());
+                    let trace: Cow<'_, [u8]> = if pending.flags.has(OperationFlags::TRACE) {
+                        let key = record.map_or(Vec::new(), |record| record.key.to_vec());
+                        let steps = self.shard.explain(pending.token, pending.namespace, &key);
+                        Cow::Owned(steps.into_bytes())
+                    } else {
+                        Cow::Borrowed(&[])
+                    };
+                    let as_of = pending.as_of;
+                    let facts =
+                        ReadFacts { as_of, answers: 1, primaries: 1, context, trace: &trace };
+                    self.answer(origin, &Answer::Read(facts, values), wires);
+                });
+            }
+            Done::Write { origin, pending, outcome, context, began } => match outcome {
+                Ok(Outcome::Applied(applied)) => {
+                    self.count_write(began, pending.bytes, pending.is_put);
+                    let facts = self.write_facts(&applied, &context, &[]);
+                    self.answer(origin, &Answer::Written(facts), wires);
+                }
+                Ok(Outcome::ConditionFalse(version)) => {
+                    let version = version.unwrap_or_default();
+                    let version = Version { timestamp: version.0, dot: version.1 };
+                    let facts = WriteFacts { version, ..WriteFacts::default() };
+                    self.answer(origin, &Answer::ConditionFalse(facts), wires);
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    let mut failure = failure_of(&error, &message);
+                    if matches!(error, Error::Poisoned { .. }) {
+                        failure.status = Status::MAY_BE_APPLIED;
+                    } else if message.starts_with("the key would have") {
+                        failure.status = Status::SIBLINGS_FULL;
+                    }
+                    self.answer(origin, &Answer::Failure(failure), wires);
+                }
+            },
+            Done::Scan { origin, page, next } => match next {
+                Ok(next) => {
+                    let next = next.as_ref().map(|(token, key)| (*token, key.as_slice()));
+                    self.answer_page(origin, page, next, wires);
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    let answer = Answer::Failure(failure_of(&error, &message));
+                    self.answer(origin, &answer, wires);
+                }
+            },
+            Done::Admin { origin, reply } => self.answer_admin(origin, reply, wires),
+        }
+    }
+
+    fn can_hand_over(&self) -> bool {
+        self.forwarded.len() < super::forward::FORWARDED_MAX
+    }
+}
+
+fn too_many_forwarded() -> Failure<'static> {
+    Failure::new(Status::BUSY, "the key's shard is overloaded").retry_after(5)
+}
+
+fn sign(
+    context: Context,
+    secret: annulus_engine::model::causality::ContextSecret,
+    namespace: NamespaceId,
+    token: Token,
+) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(48);
+    BoundContext { context, epoch: 1 }.encode(secret, namespace, token, &mut bytes);
+    bytes
+}
+
+/// A scan shows of siblings the one that would win: a page holds one value a key.
+fn push_newest(page: &mut Page, record: &RecordRef<'_>, wall: WallMicros) {
+    let Ok(state) = KeyState::of_record(record) else { return };
+    let newest = state.live(wall).max_by_key(|sibling| sibling.version());
+    if let Some(sibling) = newest {
+        page.push(&RecordRef {
+            kind: Kind::Put,
+            dot: sibling.dot,
+            timestamp: sibling.timestamp,
+            expiry_ms: sibling.expiry_ms,
+            value: sibling.value,
+            ..*record
+        });
+    }
+}

@@ -1,0 +1,450 @@
+//! The pump: one shard's loop, apart from sockets and threads. Bytes and messages in, bytes and
+//! messages out; generic over the seams, so that tests run it on a simulated disk.
+//!
+//! ```text
+//! received(bytes) -> Request -> read:  memory and cache -> answered at once
+//!                            |         else a task that waits for the block
+//!                            -> write: the log, answered once it is durable and visible
+//!                            -> another shard's key: handed over, answered when it answers
+//! turn()  tasks that are done, writes that are visible, messages, deadlines -> answers
+//! ```
+//!
+//! Invariants: every request is answered once; a write is answered only when the log says that
+//! it is visible; what waits is bounded in number by the connections' own limits.
+
+mod admin;
+mod answer;
+mod execute;
+mod forward;
+mod sessions;
+mod writes;
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use annulus_engine::disk::Disk;
+use annulus_engine::model::causality::ContextSecret;
+use annulus_engine::model::{Instant, NamespaceId, Token, WallMicros};
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::{Found, Merge, Outcome, Shard};
+use annulus_net::server_connection::{
+    Arrival, MemoryBudget, Received, Replies, ServerConnection, ServerFacts, Ticket,
+};
+use annulus_net::wire::request::Request;
+use annulus_net::wire::response::{BatchResults, Failure, Page};
+use annulus_net::wire::status::Status;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+
+pub use admin::{AdminDesk, AdminJob, disk_level};
+pub use answer::{Answer, ConnectionKey, Origin};
+pub use forward::{Message, ShardMap};
+
+use crate::metrics::{ShardMetrics, ShardSnapshot};
+use crate::namespaces::{Catalogue, Mode, Namespace};
+use execute::Pending;
+use sessions::{Session, Sessions};
+use writes::WriteQueue;
+
+/// Most tasks (disk reads, conditional writes, scans) of one shard at a time.
+const TASKS_MAX: usize = 4096;
+/// How often deadlines and time-outs are looked at, in nanoseconds.
+const SWEEP_NANOS: u64 = 5_000_000;
+/// A batch's results stop growing here: later reads of it answer BUSY.
+const BATCH_RESULT_BYTES_MAX: usize = 8 << 20;
+
+/// Where a connection's output is gathered. The sockets implement it.
+pub trait Wires {
+    /// The output of a connection, if it still exists. Whatever is appended will be sent.
+    fn out(&mut self, connection: ConnectionKey) -> Option<&mut Vec<u8>>;
+    /// Sends what is in the output, then closes.
+    fn close(&mut self, connection: ConnectionKey);
+}
+
+/// The other shards of the node. The mesh implements it.
+pub trait Peers {
+    /// Hands a message over.
+    ///
+    /// # Errors
+    /// The message, when that shard's inbox is full.
+    fn send(&mut self, shard: u32, message: Message) -> Result<(), Message>;
+}
+
+/// What becomes of a connection after its bytes were taken.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes on.
+    Keep,
+    /// It goes on, but no more bytes should be received until answers have gone out.
+    Pause,
+    /// It ends, after its output was sent.
+    Close,
+    /// Its socket and these bytes belong to another shard.
+    HandOver {
+        /// That shard.
+        shard: u32,
+        /// Everything received so far.
+        bytes: Vec<u8>,
+    },
+}
+
+/// A batch whose results come in one by one.
+#[derive(Debug)]
+struct BatchInProgress {
+    connection: ConnectionKey,
+    ticket: Option<Ticket>,
+    results: BatchResults,
+}
+
+/// What a task came to.
+enum Done {
+    Read {
+        origin: Origin,
+        pending: Pending,
+        found: annulus_engine::Result<Found>,
+        began: Instant,
+    },
+    Write {
+        origin: Origin,
+        pending: Pending,
+        outcome: annulus_engine::Result<Outcome>,
+        /// Siblings: the context to give out, encoded.
+        context: Vec<u8>,
+        began: Instant,
+    },
+    Scan {
+        origin: Origin,
+        page: Page,
+        next: annulus_engine::Result<Option<(Token, Vec<u8>)>>,
+    },
+    Admin {
+        origin: Origin,
+        reply: Result<Vec<u8>, (Status, String)>,
+    },
+}
+
+type Task = Pin<Box<dyn Future<Output = Done>>>;
+
+/// One shard's loop.
+pub struct Pump<D: Disk, R: Runtime> {
+    shard: Shard<D, R>,
+    runtime: R,
+    facts: Rc<ServerFacts>,
+    map: ShardMap,
+    secret: ContextSecret,
+    catalogue: Rc<Catalogue>,
+    sessions: Sessions,
+    budget: MemoryBudget,
+    tasks: FuturesUnordered<Task>,
+    writes: WriteQueue,
+    batches: BTreeMap<usize, BatchInProgress>,
+    next_batch: usize,
+    forwarded: BTreeMap<u64, (Origin, Instant)>,
+    next_forward: u64,
+    outbox: Vec<(u32, Message)>,
+    desk: Rc<dyn AdminDesk>,
+    metrics: Rc<RefCell<ShardMetrics>>,
+    /// Time of this turn.
+    now: Instant,
+    wall: WallMicros,
+    next_sweep: Instant,
+    draining: bool,
+}
+
+/// What a pump needs to begin.
+#[expect(missing_debug_implementations, reason = "holds trait objects")]
+pub struct PumpOptions {
+    /// What clients are told in HELLO, and the connections' limits.
+    pub facts: ServerFacts,
+    /// Who serves which partition.
+    pub map: ShardMap,
+    /// Signs contexts.
+    pub secret: ContextSecret,
+    /// The namespaces.
+    pub catalogue: Rc<Catalogue>,
+    /// Memory for long messages of all connections, in bytes.
+    pub message_memory: usize,
+    /// Answers ADMIN and STATS.
+    pub desk: Rc<dyn AdminDesk>,
+}
+
+impl<D: Disk, R: Runtime> std::fmt::Debug for Pump<D, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pump").field("sessions", &self.sessions.len()).finish_non_exhaustive()
+    }
+}
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    /// A pump over an open shard.
+    pub fn new(shard: Shard<D, R>, runtime: R, options: PumpOptions) -> Pump<D, R> {
+        let (now, wall) = (runtime.now(), runtime.wall());
+        Pump {
+            shard,
+            runtime,
+            facts: Rc::new(options.facts),
+            map: options.map,
+            secret: options.secret,
+            catalogue: options.catalogue,
+            sessions: Sessions::default(),
+            budget: MemoryBudget::new(options.message_memory),
+            tasks: FuturesUnordered::new(),
+            writes: WriteQueue::default(),
+            batches: BTreeMap::new(),
+            next_batch: 0,
+            forwarded: BTreeMap::new(),
+            next_forward: 0,
+            outbox: Vec::new(),
+            desk: options.desk,
+            metrics: Rc::default(),
+            now,
+            wall,
+            next_sweep: now,
+            draining: false,
+        }
+    }
+
+    /// The shard behind it.
+    pub fn shard(&self) -> &Shard<D, R> {
+        &self.shard
+    }
+
+    /// Reads the clocks, once for all that happens until the next call.
+    pub fn tick(&mut self) {
+        self.now = self.runtime.now();
+        self.wall = self.runtime.wall();
+        Rc::make_mut(&mut self.facts).welcome.wall_us = self.wall.0;
+    }
+
+    /// A connection was accepted.
+    pub fn accepted(&mut self, connection: ConnectionKey) {
+        let wire = ServerConnection::new(self.now, &self.facts, self.budget.clone());
+        self.sessions.insert(connection, Box::new(Session { wire, paused: false }));
+        self.metrics.borrow_mut().counters.connections_accepted += 1;
+    }
+
+    /// A connection is gone. Requests in flight go on; their answers are dropped.
+    pub fn closed(&mut self, connection: ConnectionKey) {
+        self.sessions.take(connection);
+    }
+
+    /// Bytes arrived. Each whole request is carried out, or begun.
+    pub fn received(
+        &mut self,
+        connection: ConnectionKey,
+        bytes: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Verdict {
+        // The session is taken out for the call, so that the handler may use the rest of us.
+        let Some(mut session) = self.sessions.take(connection) else { return Verdict::Close };
+        self.metrics.borrow_mut().counters.received_bytes += bytes.len() as u64;
+        let now = self.now;
+        let facts = Rc::clone(&self.facts);
+        let mut handler = |replies: &mut Replies<'_>, arrival: Arrival, request: Request<'_>| {
+            self.handle(connection, replies, arrival, request);
+        };
+        let received = session.wire.receive(now, bytes, &facts, out, &mut handler);
+        drop(facts);
+        let verdict = match received {
+            Ok(Received::Continue) if session.wire.wants_pause(&self.facts, out.len()) => {
+                session.paused = true;
+                Verdict::Pause
+            }
+            Ok(Received::Continue) => Verdict::Keep,
+            Ok(Received::HandOver { shard, bytes }) => return Verdict::HandOver { shard, bytes },
+            Err(close) => {
+                tracing::debug!(connection = connection.0, %close, "connection closed");
+                self.metrics.borrow_mut().counters.connections_shed += 1;
+                Verdict::Close
+            }
+        };
+        self.sessions.insert(connection, session);
+        verdict
+    }
+
+    /// Output went out: `sent` bytes since the last call, `unsent` wait in `out`.
+    ///
+    /// Returns whether a connection that was paused should receive again.
+    pub fn sent(
+        &mut self,
+        connection: ConnectionKey,
+        sent: usize,
+        unsent: usize,
+        out: &mut Vec<u8>,
+    ) -> bool {
+        self.metrics.borrow_mut().counters.sent_bytes += sent as u64;
+        let Some(session) = self.sessions.get_mut(connection) else { return false };
+        session.wire.sent(self.now, sent, unsent);
+        if session.wire.has_queued() {
+            session.wire.fill_output(out, self.facts.options.pause_bytes);
+        }
+        let resume = session.paused && !session.wire.wants_pause(&self.facts, unsent + out.len());
+        if resume {
+            session.paused = false;
+        }
+        resume
+    }
+
+    /// Does what is due: finished tasks, visible writes, deadlines. Returns whether anything was.
+    pub fn turn(&mut self, wires: &mut dyn Wires, peers: &mut dyn Peers) -> bool {
+        let mut worked = self.poll_tasks(wires);
+        worked |= self.answer_writes(wires);
+        if self.now >= self.next_sweep {
+            self.next_sweep = self.now.after_nanos(SWEEP_NANOS);
+            worked |= self.sweep(wires);
+        }
+        self.send_messages(wires, peers) | worked
+    }
+
+    /// When [`Pump::turn`] must be called though nothing arrives: deadlines of what waits.
+    #[must_use]
+    pub fn next_timeout(&self) -> Option<Instant> {
+        let waits = !self.writes.is_empty() || !self.tasks.is_empty() || !self.forwarded.is_empty();
+        (waits || !self.sessions.is_empty()).then_some(self.next_sweep)
+    }
+
+    /// New requests are refused from now on; those in flight are finished.
+    pub fn drain(&mut self, wires: &mut dyn Wires) {
+        self.draining = true;
+        for (connection, session) in self.sessions.iter_mut() {
+            if let Some(out) = wires.out(connection) {
+                session.wire.drain(out);
+            }
+        }
+    }
+
+    /// Whether nothing is in flight any more.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.writes.is_empty()
+            && self.tasks.is_empty()
+            && self.forwarded.is_empty()
+            && self.sessions.values().all(|session| session.wire.in_flight() == 0)
+    }
+
+    /// The namespaces have changed.
+    pub fn set_catalogue(&mut self, catalogue: Rc<Catalogue>) {
+        Rc::make_mut(&mut self.facts).welcome.namespaces = admin::namespace_facts(&catalogue);
+        self.catalogue = catalogue;
+    }
+
+    /// The shard's numbers, for other threads.
+    #[must_use]
+    pub fn snapshot(&self) -> ShardSnapshot {
+        let in_flight = self.sessions.values().map(|s| u64::from(s.wire.in_flight())).sum();
+        let held = self.sessions.values().map(|s| s.wire.memory() as u64).sum();
+        admin::snapshot(
+            self.map.own(),
+            &self.metrics.borrow(),
+            &self.shard.stats(),
+            (self.sessions.len() as u64, in_flight, held),
+        )
+    }
+
+    /// The namespace of a request.
+    fn namespace(&self, id: NamespaceId) -> Result<&Namespace, Failure<'static>> {
+        self.catalogue
+            .get(id)
+            .ok_or_else(|| Failure::new(Status::NO_NAMESPACE, "no namespace has this id"))
+    }
+
+    fn merge_of(namespace: &Namespace) -> Merge {
+        match namespace.mode {
+            Mode::Siblings => Merge::Siblings,
+            Mode::Lww | Mode::Linearizable => Merge::LastWriteWins,
+        }
+    }
+
+    fn spawn(&mut self, task: impl Future<Output = Done> + 'static) {
+        self.tasks.push(Box::pin(task));
+    }
+
+    /// Polls the tasks that were woken. The waker does nothing: the loop comes round anyway.
+    fn poll_tasks(&mut self, wires: &mut dyn Wires) -> bool {
+        if self.tasks.is_empty() {
+            return false;
+        }
+        let mut worked = false;
+        let mut context = Context::from_waker(Waker::noop());
+        while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(&mut context) {
+            worked = true;
+            self.finish(done, wires);
+        }
+        worked
+    }
+
+    /// Gives an answer to whoever waits for it.
+    fn answer(&mut self, origin: Origin, answer: &Answer<'_>, wires: &mut dyn Wires) {
+        self.count_failure(answer);
+        match origin {
+            Origin::Connection(connection, ticket) => {
+                if let Some(session) = self.sessions.get_mut(connection)
+                    && let Some(out) = wires.out(connection)
+                {
+                    answer.to_connection(&mut session.wire.replies(out), ticket);
+                }
+            }
+            Origin::Batch { batch, index, verb } => {
+                let Some(waiting) = self.batches.get_mut(&batch) else { return };
+                answer.to_batch(&mut waiting.results, index, verb);
+                if waiting.results.is_complete() {
+                    self.finish_batch(batch, wires);
+                }
+            }
+            Origin::Shard { shard, id } => {
+                let (status, body) = answer.to_bytes();
+                self.outbox.push((shard, Message::Answer { id, status, body }));
+            }
+        }
+    }
+
+    fn finish_batch(&mut self, batch: usize, wires: &mut dyn Wires) {
+        let Some(mut done) = self.batches.remove(&batch) else { return };
+        if let Some(ticket) = done.ticket.take()
+            && let Some(session) = self.sessions.get_mut(done.connection)
+            && let Some(out) = wires.out(done.connection)
+        {
+            session.wire.replies(out).batch(ticket, done.results);
+        }
+    }
+
+    fn count_failure(&self, answer: &Answer<'_>) {
+        let Answer::Failure(failure) = answer else { return };
+        let counters = &mut self.metrics.borrow_mut().counters;
+        match failure.status {
+            Status::BUSY => counters.refused_busy += 1,
+            Status::FULL => counters.refused_full += 1,
+            Status::EXPIRED => counters.refused_expired += 1,
+            Status::CORRUPT => counters.corruptions += 1,
+            Status::MAY_BE_APPLIED => counters.errors_may_be_applied += 1,
+            _ => {}
+        }
+        if failure.status != Status::MAY_BE_APPLIED {
+            counters.errors_not_started += 1;
+        }
+    }
+
+    /// Deadlines of writes and handed-over requests, and the connections' own time-outs.
+    fn sweep(&mut self, wires: &mut dyn Wires) -> bool {
+        let mut worked = self.expire_writes(wires) | self.expire_forwarded(wires);
+        let mut ending = Vec::new();
+        for (connection, session) in self.sessions.iter_mut() {
+            if session.wire.next_timeout(&self.facts).is_none_or(|when| when > self.now) {
+                continue;
+            }
+            let Some(out) = wires.out(connection) else { continue };
+            if session.wire.handle_timeout(self.now, &self.facts, out).is_err() {
+                ending.push(connection);
+            }
+        }
+        for connection in ending {
+            worked = true;
+            self.metrics.borrow_mut().counters.connections_shed += 1;
+            wires.close(connection);
+        }
+        worked
+    }
+}

@@ -188,3 +188,114 @@ fn round([v0, v1, v2, v3]: &mut [u64; 4]) {
     *v3 = v3.rotate_left(21) ^ *v0;
     *v2 = v2.rotate_left(32);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECRET: ContextSecret = ContextSecret([1, 2]);
+    const NAMESPACE: NamespaceId = NamespaceId(3);
+    const TOKEN: Token = Token(0x0123_4567_89ab_cdef);
+
+    fn contexts() -> impl Strategy<Value = BoundContext> {
+        let dots = prop::collection::vec((any::<u32>(), any::<u64>(), 0u32..64), 0..20);
+        (dots, any::<u64>(), any::<u64>()).prop_map(|(dots, stamp, epoch)| {
+            let vector = dots
+                .into_iter()
+                .map(|(origin, sequence, shift)| Dot {
+                    origin: OriginId(origin),
+                    sequence: sequence >> shift,
+                })
+                .collect();
+            BoundContext { context: Context { vector, timestamp: Timestamp(stamp) }, epoch }
+        })
+    }
+
+    fn encode(context: &BoundContext) -> Vec<u8> {
+        let mut out = b"before".to_vec();
+        context.encode(SECRET, NAMESPACE, TOKEN, &mut out);
+        out.split_off(6)
+    }
+
+    proptest! {
+        #[test]
+        fn a_context_comes_back_for_its_key_only(context in contexts(), bit in 0u32..64) {
+            let bytes = encode(&context);
+            prop_assert_eq!(BoundContext::decode(SECRET, NAMESPACE, TOKEN, &bytes), Ok(context));
+            let refused = Err(BadContext::NotOfThisKey);
+            let token = Token(TOKEN.0 ^ (1 << bit));
+            prop_assert_eq!(BoundContext::decode(SECRET, NAMESPACE, token, &bytes), refused.clone());
+            let namespace = NamespaceId(NAMESPACE.0 ^ (1 << (bit % 32)));
+            prop_assert_eq!(BoundContext::decode(SECRET, namespace, TOKEN, &bytes), refused.clone());
+            let secret = ContextSecret([1, 2 ^ (1 << bit)]);
+            prop_assert_eq!(BoundContext::decode(secret, NAMESPACE, TOKEN, &bytes), refused);
+        }
+
+        #[test]
+        fn an_altered_context_is_refused(context in contexts(), at: prop::sample::Index, bit in 0u32..8) {
+            let mut bytes = encode(&context);
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            prop_assert!(BoundContext::decode(SECRET, NAMESPACE, TOKEN, &bytes).is_err());
+            prop_assert!(BoundContext::decode(SECRET, NAMESPACE, TOKEN, &bytes[..at]).is_err());
+        }
+
+        #[test]
+        fn a_signed_body_of_any_bytes_is_refused_or_is_what_encode_writes(mut body in prop::collection::vec(0u8..4, 1..40)) {
+            // What a node of a later format, or with a bug, might sign.
+            body[0] = FORMAT;
+            let mut bytes = body.clone();
+            bytes.extend_from_slice(&sign(SECRET, NAMESPACE, TOKEN, &body).to_le_bytes());
+            if let Ok(context) = BoundContext::decode(SECRET, NAMESPACE, TOKEN, &bytes) {
+                prop_assert_eq!(encode(&context), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn the_longest_context_is_within_the_bound() {
+        let dot = |i: usize| Dot {
+            origin: OriginId(u32::MAX - u32::try_from(i).unwrap()),
+            sequence: u64::MAX,
+        };
+        let vector = (0..CONTEXT_ENTRIES_MAX).map(dot).collect();
+        let context = Context { vector, timestamp: Timestamp::MAX };
+        let bytes = encode(&BoundContext { context, epoch: u64::MAX });
+        assert!(bytes.len() <= CONTEXT_SIZE_MAX);
+        assert!(BoundContext::decode(SECRET, NAMESPACE, TOKEN, &bytes).is_ok());
+        let too_long = vec![1; CONTEXT_SIZE_MAX + 1];
+        let refused = BoundContext::decode(SECRET, NAMESPACE, TOKEN, &too_long);
+        assert_eq!(refused, Err(BadContext::Malformed("too long")));
+    }
+
+    #[test]
+    fn a_write_that_was_never_made_is_refused_and_an_unknown_origin_kept() {
+        let dot = |origin, sequence| Dot { origin: OriginId(origin), sequence };
+        let vector = [dot(1, 10), dot(2, 1000)].into_iter().collect();
+        let context = Context { vector, timestamp: Timestamp(0) };
+        let bound = BoundContext { context, epoch: 0 };
+        let issued = |last| move |origin| (origin == OriginId(1)).then_some(last);
+        assert_eq!(bound.check_issued(issued(10)), Ok(()));
+        assert_eq!(bound.check_issued(issued(9)), Err(BadContext::NeverIssued(dot(1, 10))));
+    }
+
+    #[test]
+    fn siphash_gives_the_papers_example() {
+        // Appendix A: key 00..0f, input 00..0e.
+        let key = [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908];
+        let input: Vec<u8> = (0..15).collect();
+        assert_eq!(siphash(key, &input), 0xa129_ca61_49be_45e5);
+    }
+
+    #[test]
+    fn the_format_is_version_1() {
+        let vector = [Dot { origin: OriginId(300), sequence: 2 }].into_iter().collect();
+        let context = Context { vector, timestamp: Timestamp(0x0102) };
+        let bytes = encode(&BoundContext { context, epoch: 130 });
+        let body = [1, 0x82, 1, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0xac, 2, 2];
+        assert_eq!(bytes[..15], body);
+        assert_eq!(bytes[15..], [83, 218, 215, 251, 5, 229, 70, 42]);
+    }
+}

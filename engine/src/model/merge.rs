@@ -58,3 +58,108 @@ fn greater(is_first: bool) -> Merged {
 fn rank<'a>(record: &RecordRef<'a>) -> impl Ord + use<'a> {
     (record.version(), record.kind as u8, record.expiry_ms, record.value)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::siblings::{Sibling, tests::states};
+    use super::super::{Dot, NamespaceId, OriginId, Timestamp, Token};
+    use super::*;
+
+    fn record(kind: Kind, incarnation: u32, value: &[u8]) -> Record {
+        Record {
+            token: Token(7),
+            namespace: NamespaceId(1),
+            incarnation,
+            kind,
+            dot: Dot::default(),
+            timestamp: Timestamp(0),
+            expiry_ms: 0,
+            key: b"key".to_vec(),
+            value: value.to_vec(),
+        }
+    }
+
+    fn merge(first: &Record, second: &Record) -> Record {
+        match merge_records(&first.as_ref(), &second.as_ref()) {
+            Merged::First => first.clone(),
+            Merged::Second => second.clone(),
+            Merged::New(merged) => merged,
+        }
+    }
+
+    /// A plain record, as some write of `siblings::tests` made it.
+    fn plain() -> impl Strategy<Value = Record> {
+        states().prop_filter_map("a plain record", |state| {
+            let sibling: Sibling<'_> = *state.siblings().iter().find(|s| s.is_blind)?;
+            let kind = if sibling.is_delete { Kind::Delete } else { Kind::Put };
+            let mut plain = record(kind, 0, sibling.value);
+            (plain.dot, plain.timestamp) = (sibling.dot, sibling.timestamp);
+            Some(plain)
+        })
+    }
+
+    /// Plain records, key states, and bytes that are none.
+    fn records() -> impl Strategy<Value = Record> {
+        let state = states().prop_map(|s| s.to_record(&record(Kind::Put, 0, b"").as_ref()));
+        let damaged = (0u64..3).prop_map(|sequence| {
+            let dot = Dot { origin: OriginId(0), sequence };
+            Record { dot, ..record(Kind::Siblings, 0, b"\x09") }
+        });
+        let any = prop_oneof![4 => plain(), 4 => state, 1 => damaged];
+        (any, prop_oneof![4 => Just(1u32), 1 => 0u32..3])
+            .prop_map(|(record, incarnation)| Record { incarnation, ..record })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+        #[test]
+        fn merge_is_commutative_associative_and_idempotent(a in records(), b in records(), c in records()) {
+            prop_assert_eq!(merge(&a, &a), a.clone());
+            prop_assert_eq!(merge(&a, &b), merge(&b, &a));
+            prop_assert_eq!(merge(&merge(&a, &b), &c), merge(&a, &merge(&b, &c)));
+        }
+
+        #[test]
+        fn the_last_write_wins_among_plain_records(a in plain(), b in plain()) {
+            let winner = if a.as_ref().version() >= b.as_ref().version() { &a } else { &b };
+            prop_assert_eq!(&merge(&a, &b), winner);
+        }
+    }
+
+    #[test]
+    fn a_dropped_incarnation_gives_way_whatever_its_stamp() {
+        let old = Record { timestamp: Timestamp(99), ..record(Kind::Put, 1, b"old") };
+        let new = Record { timestamp: Timestamp(1), ..record(Kind::Put, 2, b"new") };
+        assert_eq!(merge(&old, &new), new);
+    }
+
+    #[test]
+    fn a_namespace_that_changes_its_mode_loses_nothing_unseen() {
+        let plain = |stamp: u64, value: &[u8]| Record {
+            dot: Dot { origin: OriginId(1), sequence: stamp },
+            timestamp: Timestamp(stamp),
+            ..record(Kind::Put, 0, value)
+        };
+        let (first, second) = (plain(1, b"first"), plain(2, b"second"));
+        let mut state = KeyState::of_record(&second.as_ref()).unwrap();
+        let dot = Dot { origin: OriginId(1), sequence: 3 };
+        let write = Sibling {
+            dot,
+            timestamp: Timestamp(3),
+            is_delete: false,
+            is_blind: false,
+            expiry_ms: 0,
+            value: b"third",
+        };
+        let context = state.context();
+        state.write(write, &Default::default()).unwrap();
+        assert_eq!(state.siblings().len(), 2, "unseen, so kept");
+        state.write(Sibling { dot: Dot { sequence: 4, ..dot }, ..write }, &context).unwrap();
+        let with_context = state.to_record(&second.as_ref());
+        let merged = merge(&merge(&first, &with_context), &second);
+        let merged = KeyState::decode(&merged.value).unwrap();
+        assert!(merged.siblings().iter().all(|sibling| sibling.value == b"third"));
+    }
+}

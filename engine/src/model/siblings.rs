@@ -430,3 +430,6 @@ fn take_siblings<'a>(reader: &mut Reader<'a>) -> Result<Vec<Sibling<'a>>, Invali
     }
     Ok(siblings)
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -21,6 +21,8 @@ impl Place {
 /// Chunks of memory with a count of all that is allocated.
 pub(super) struct Arena {
     chunks: Vec<Vec<u8>>,
+    /// Numbers of chunks that were released.
+    vacant: Vec<usize>,
     /// The shared chunk being filled, or `usize::MAX`.
     open: usize,
     chunk_size: usize,
@@ -35,6 +37,7 @@ impl Arena {
         let chunk_size = (budget / 64).clamp(CHUNK_SIZE_MIN, CHUNK_SIZE_MAX).next_power_of_two();
         Arena {
             chunks: Vec::new(),
+            vacant: Vec::new(),
             open: usize::MAX,
             chunk_size,
             offset_bits: (chunk_size / UNIT).ilog2(),
@@ -44,7 +47,9 @@ impl Arena {
 
     /// Bytes allocated, used or not, with the chunks' own headers.
     pub(super) fn bytes(&self) -> usize {
-        self.allocated + self.chunks.capacity() * size_of::<Vec<u8>>()
+        self.allocated
+            + self.chunks.capacity() * size_of::<Vec<u8>>()
+            + self.vacant.capacity() * size_of::<usize>()
     }
 
     /// Whether fewer than one in sixteen of all chunk numbers are left.
@@ -83,6 +88,10 @@ impl Arena {
     fn add_chunk(&mut self, size: usize) -> usize {
         let chunk = Vec::with_capacity(size);
         self.allocated += chunk.capacity();
+        if let Some(number) = self.vacant.pop() {
+            self.chunks[number] = chunk;
+            return number;
+        }
         self.chunks.push(chunk);
         self.chunks.len() - 1
     }
@@ -113,6 +122,7 @@ impl Arena {
             let (chunk, _) = self.locate(place);
             self.allocated -= self.chunks[chunk].capacity();
             self.chunks[chunk] = Vec::new();
+            self.vacant.push(chunk);
         }
     }
 }
@@ -145,5 +155,8 @@ mod tests {
         assert!(arena.bytes() >= before + (1 << 20));
         arena.release(place, 1 << 20);
         assert!(arena.bytes() < before + 4096);
+        let chunks = arena.chunks.len();
+        assert_eq!(arena.append([&vec![7; 1 << 20], b"", b""]), place);
+        assert_eq!(arena.chunks.len(), chunks);
     }
 }

@@ -54,7 +54,7 @@ impl Directory {
     }
 
     fn bucket(&self, token: u64) -> usize {
-        (token >> (64 - self.bits)) as usize
+        usize::try_from(token >> (64 - self.bits)).expect("at most 16 bits")
     }
 
     /// The last leaf that may hold the token.

@@ -16,6 +16,7 @@
 mod arena;
 mod directory;
 mod entry;
+mod prefetch;
 mod slots;
 
 use std::cmp::Ordering;
@@ -54,7 +55,7 @@ impl Memtable {
     #[must_use]
     pub fn new(budget_bytes: usize) -> Memtable {
         // One entry of the directory's table for each leaf of a memtable of small records.
-        let bits = (budget_bytes >> 14).clamp(16, 1 << 14).ilog2();
+        let bits = (budget_bytes >> 16).clamp(16, 1 << 14).ilog2();
         Memtable {
             arena: Arena::new(budget_bytes),
             directory: Directory::new(bits),
@@ -118,13 +119,21 @@ impl Memtable {
         Some(self.entry(token, place))
     }
 
-    /// Brings the part of the index that a `get` of this token will read nearer to the processor.
-    /// Worth calling for all requests of a batch before the first of them is answered.
+    /// Starts to bring the slot of this token nearer to the processor, and waits for nothing.
+    /// Worth calling for all requests of a batch before the first of them is answered, then
+    /// [`Memtable::prefetch_entry`] for all.
     #[inline]
     pub fn prefetch(&self, token: Token) {
+        self.directory.leaves()[self.directory.leaf_of(token)].prefetch(token);
+    }
+
+    /// Starts to bring the token's entry nearer. Waits for the slot unless it was prefetched.
+    #[inline]
+    pub fn prefetch_entry(&self, token: Token) {
         let leaf = &self.directory.leaves()[self.directory.leaf_of(token)];
-        // A load whose result nobody needs: the processor goes on while memory answers.
-        std::hint::black_box(leaf.at(leaf.seek(token), token));
+        if let Some(place) = leaf.at(leaf.seek(token), token) {
+            prefetch::line(self.arena.tail(place));
+        }
     }
 
     /// Bytes allocated: index, entries, and what is reserved for both.
@@ -258,6 +267,9 @@ impl Memtable {
     }
 }
 
+/// Slots that a walk looks ahead.
+const READ_AHEAD: usize = 10;
+
 /// Iterator over a memtable's records in order.
 #[derive(Clone)]
 pub struct Sorted<'a> {
@@ -278,6 +290,10 @@ impl<'a> Iterator for Sorted<'a> {
                     return None;
                 }
                 self.spot.slot = slot + 1;
+                // Entries lie in the order of their arrival: each is a cache miss of its own.
+                if let Some(place) = leaf.peek(slot + READ_AHEAD) {
+                    prefetch::line(self.memtable.arena.tail(place));
+                }
                 return Some(self.memtable.entry(token, place));
             }
             self.spot = Spot { leaf: self.spot.leaf + 1, slot: 0 };

@@ -336,7 +336,7 @@ impl<'a> KeyState<'a> {
         varint::put(&mut out, self.siblings.len() as u64);
         for sibling in &self.siblings {
             let flags = u8::from(sibling.is_delete) * IS_DELETE;
-            out.push(flags | u8::from(sibling.is_blind) * IS_BLIND);
+            out.push(flags | (u8::from(sibling.is_blind) * IS_BLIND));
             put_dot(&mut out, sibling.dot);
             out.extend_from_slice(&sibling.timestamp.0.to_le_bytes());
             varint::put(&mut out, sibling.expiry_ms);

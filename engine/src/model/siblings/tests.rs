@@ -30,7 +30,7 @@ fn content(dot: Dot) -> Sibling<'static> {
     const VALUES: [&[u8]; 3] = [b"", b"x", b"a longer value"];
     let number = dot.sequence + u64::from(dot.origin.0);
     let is_delete = number % 5 == 4;
-    let value = if is_delete { b"" } else { VALUES[dot.sequence as usize % 3] };
+    let value = if is_delete { b"" } else { VALUES[usize::try_from(dot.sequence % 3).unwrap()] };
     Sibling { is_delete, is_blind: dot.sequence.is_multiple_of(2), ..put(dot, value) }
 }
 

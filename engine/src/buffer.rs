@@ -2,8 +2,13 @@
 //!
 //! Invariant: `len <= capacity`, and the first `len` bytes are initialised. The only `unsafe`
 //! outside the drivers, because the standard vector cannot promise an alignment.
+//!
+//! Small buffers come from a pool of their thread: a 4 KiB block read takes 2 to 3 us of CPU, and
+//! a page-aligned allocation beside other allocations took the system's allocator 0.8 us of it
+//! (20,000 live blocks replaced at random; 12 ns with the pool).
 
 use std::alloc::{self, Layout};
+use std::cell::RefCell;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -117,18 +122,73 @@ fn layout(capacity: usize) -> Layout {
     Layout::from_size_align(capacity, BUFFER_ALIGNMENT).expect("capacity fits the address space")
 }
 
+/// Largest pooled buffer, in pages.
+const POOLED_PAGES_MAX: usize = 8;
+/// Most bytes that a thread's pool keeps.
+const POOL_SIZE: usize = 4 << 20;
+
+/// Memory of dropped buffers, by size in pages less one.
+struct Pool {
+    free: [Vec<NonNull<u8>>; POOLED_PAGES_MAX],
+    bytes: usize,
+}
+
+thread_local! {
+    static POOL: RefCell<Pool> = const {
+        RefCell::new(Pool { free: [const { Vec::new() }; POOLED_PAGES_MAX], bytes: 0 })
+    };
+}
+
+impl Pool {
+    fn take(&mut self, capacity: usize) -> Option<NonNull<u8>> {
+        let memory = self.free.get_mut(capacity / BUFFER_ALIGNMENT - 1)?.pop()?;
+        self.bytes -= capacity;
+        Some(memory)
+    }
+
+    /// Keeps memory of that capacity if there is room for it.
+    fn keep(&mut self, memory: NonNull<u8>, capacity: usize) -> bool {
+        if self.bytes + capacity > POOL_SIZE {
+            return false;
+        }
+        let Some(list) = self.free.get_mut(capacity / BUFFER_ALIGNMENT - 1) else { return false };
+        list.push(memory);
+        self.bytes += capacity;
+        true
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for (index, list) in self.free.iter_mut().enumerate() {
+            for memory in list.drain(..) {
+                // SAFETY: allocated in `allocate` with this capacity, kept by one pool, freed once.
+                unsafe { alloc::dealloc(memory.as_ptr(), layout((index + 1) * BUFFER_ALIGNMENT)) };
+            }
+        }
+    }
+}
+
 fn allocate(capacity: usize) -> NonNull<u8> {
     if capacity == 0 {
         return NonNull::<u8>::dangling();
     }
-    // SAFETY: the layout has a size above zero.
-    let memory = unsafe { alloc::alloc(layout(capacity)) };
-    NonNull::new(memory).unwrap_or_else(|| alloc::handle_alloc_error(layout(capacity)))
+    // At a thread's end the pool may be gone: then as if it were empty.
+    let pooled = POOL.try_with(|pool| pool.borrow_mut().take(capacity)).ok().flatten();
+    pooled.unwrap_or_else(|| {
+        // SAFETY: the layout has a size above zero.
+        let memory = unsafe { alloc::alloc(layout(capacity)) };
+        NonNull::new(memory).unwrap_or_else(|| alloc::handle_alloc_error(layout(capacity)))
+    })
 }
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        if self.capacity > 0 {
+        if self.capacity == 0 {
+            return;
+        }
+        let keep = |pool: &RefCell<Pool>| pool.borrow_mut().keep(self.memory, self.capacity);
+        if !POOL.try_with(keep).unwrap_or(false) {
             // SAFETY: allocated in `allocate` with the same layout, freed once.
             unsafe { alloc::dealloc(self.memory.as_ptr(), layout(self.capacity)) };
         }
@@ -182,5 +242,33 @@ mod tests {
                 prop_assert_eq!(buf.as_ptr() as usize % BUFFER_ALIGNMENT, 0);
             }
         }
+    }
+
+    #[test]
+    fn live_buffers_never_share_pooled_memory() {
+        let filled = |len: usize, salt: u8| {
+            let mut buf = AlignedBuf::with_capacity(0);
+            buf.extend_from_slice(&vec![salt; len]);
+            buf
+        };
+        let mut live: Vec<(AlignedBuf, u8)> = Vec::new();
+        for round in 0..4000usize {
+            let salt = u8::try_from(round % 256).unwrap();
+            live.push((filled(round * 97 % 40_000 + 1, salt), salt));
+            if live.len() > 50 {
+                let (buf, salt) = live.swap_remove(round * 31 % 50);
+                assert!(buf.iter().all(|&byte| byte == salt));
+            }
+        }
+        assert!(live.iter().all(|(buf, salt)| buf.iter().all(|byte| byte == salt)));
+        assert!(POOL.with_borrow(|pool| pool.bytes) <= POOL_SIZE);
+    }
+
+    #[test]
+    fn a_zeroed_buffer_is_zero_also_when_its_memory_was_used() {
+        let mut used = AlignedBuf::with_capacity(4096);
+        used.extend_from_slice(&[7; 4096]);
+        drop(used);
+        assert!(AlignedBuf::zeroed(4096).iter().all(|&byte| byte == 0));
     }
 }

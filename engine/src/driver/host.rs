@@ -93,29 +93,23 @@ pub async fn host(
             }
             continue;
         }
-        // Background tasks that have work go before spinning.
-        if runtime.has_background() {
-            executor.yield_task_queue_now().await;
+        // Idle time belongs to background tasks first. They wake the shard after the step in
+        // which work for it came.
+        if runtime.take_background_woken() {
+            parking.park(ring, runtime).await;
             slice_start = runtime.now();
-            if slice_start.nanos_since(now) > BACKGROUND_RAN_NS {
-                continue;
-            }
-        }
-        if !spin_until_ready(ring, runtime, spin.budget()) {
+        } else if spin_until_ready(ring, runtime, spin.budget()) {
+            spin.hit();
+        } else {
             let before = runtime.now();
             parking.park(ring, runtime).await;
             slice_start = runtime.now();
             spin.parked(slice_start.nanos_since(before));
-        } else {
-            spin.hit();
         }
     }
     ring.submit();
     Ok(())
 }
-
-/// A yield that took longer than this let a background task run.
-const BACKGROUND_RAN_NS: u64 = 15_000;
 
 /// Runs `future` to its end with the ring turning, where no [`host`] loop runs: at start, at the
 /// end, in tools and tests. Network completions are dropped, so no sockets may be open on this

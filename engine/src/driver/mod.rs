@@ -7,7 +7,7 @@
 //! - [`ring`]: the ring, operations as futures. [`buffers`]: receive buffers lent to the kernel.
 //! - [`signal`]: wakes a parked shard, from any thread. [`refusal`]: why the kernel said no.
 //! - [`files`]: [`crate::disk::Disk`]. [`executor`]: [`crate::runtime::Runtime`].
-//! - [`host`]: the loop that turns, spins, and parks.
+//! - [`host`](mod@host): the loop that turns, spins, and parks.
 
 pub mod buffers;
 pub mod executor;

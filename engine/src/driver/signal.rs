@@ -80,6 +80,11 @@ impl Signal {
         unsafe { libc::write(self.eventfd(), (&raw const one).cast(), size_of::<u64>()) };
     }
 
+    /// Whether the shard is parked. On its own thread.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::Relaxed)
+    }
+
     /// Whether someone asked for a turn.
     pub(crate) fn is_pending(&self) -> bool {
         self.pending.load(Ordering::SeqCst)

@@ -3,13 +3,16 @@
 //!
 //! - [`tcp`]: listener, and the turn that makes events of completions.
 //! - [`connections`]: the table of connections: buffers out, back-pressure, closing, moving.
+//!   [`connection`]: one of them, its names and bounds.
 //! - [`mesh`]: bounded queues from every shard to every other.
 
+pub mod connection;
 pub mod connections;
 pub mod mesh;
 pub mod tcp;
 
-pub use connections::{ClosedBy, ConnId, Connections, Detached, Limits, SocketStats};
+pub use connection::{ClosedBy, ConnId, Detached, Limits, SocketStats};
+pub use connections::Connections;
 pub use mesh::{Mesh, MeshPort};
 pub use tcp::{Event, Sockets, listen};
 

@@ -8,15 +8,15 @@ use std::any::Any;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use annulus_engine::driver::{BufferRing, Completion, Ring};
 use annulus_engine::model::Instant;
 use annulus_engine::{Error, Result};
 use io_uring::{opcode, types};
 
-use super::connections::{
-    ClosedBy, ConnId, Connections, Detached, Limits, NOBODY, Notice, Purpose, tag, untag,
-};
+use super::connection::{ClosedBy, ConnId, Detached, Limits, NOBODY, Notice, Purpose, tag, untag};
+use super::connections::Connections;
 
 /// Receive buffers of a shard.
 const BUFFER_COUNT: u16 = 256;
@@ -24,6 +24,11 @@ const BUFFER_COUNT: u16 = 256;
 const BUFFER_SIZE: u32 = 16 << 10;
 /// Connections that the kernel accepts ahead of us.
 const BACKLOG: i32 = 4096;
+
+/// A peer that vanished without a word is noticed after some two minutes.
+const KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+    .with_time(Duration::from_secs(60))
+    .with_interval(Duration::from_secs(10));
 
 /// A listening socket that several shards may share an address with (`SO_REUSEPORT`); the kernel
 /// spreads connections over them. What is set here is inherited by accepted connections.
@@ -37,7 +42,7 @@ pub fn listen(address: SocketAddr) -> Result<TcpListener> {
         socket.set_reuse_address(true)?;
         socket.set_reuse_port(true)?;
         socket.set_tcp_nodelay(true)?;
-        socket.set_keepalive(true)?;
+        socket.set_tcp_keepalive(&KEEPALIVE)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         Ok(socket.into())

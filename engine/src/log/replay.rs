@@ -69,7 +69,7 @@ pub struct TornTail {
 #[derive(Clone, Debug)]
 pub(super) struct OldSegment {
     pub(super) path: PathBuf,
-    /// Last valid record in it or before it.
+    /// Last valid record in it; zero when it is free.
     pub(super) last: Lsn,
 }
 
@@ -301,11 +301,12 @@ impl<F: File> Walk<'_, F> {
         let bound = self.segments.get(after_life).map(|found| Lsn(found.header.life_after));
         let mut at = index;
         loop {
+            let before = (self.joined, self.next);
             let stop = self.walk_segment(at, bound, visit).await?;
-            self.end.segments.push(OldSegment {
-                path: self.segments[at].path.clone(),
-                last: Lsn(self.next.0 - 1),
-            });
+            // A segment without valid records is free for use at once.
+            let last = if (self.joined, self.next) == before { 0 } else { self.next.0 - 1 };
+            let path = self.segments[at].path.clone();
+            self.end.segments.push(OldSegment { path, last: Lsn(last) });
             // A segment that was given its name but could not be opened was never written to:
             // the log went on in the one after it.
             let goes_on = self.segments[at + 1..after_life]

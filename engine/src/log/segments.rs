@@ -61,7 +61,7 @@ impl<D: Disk> SegmentMaker<D> {
             self.finish(id, &temporary, file, 0).await
         }
         .await;
-        self.or_remove(&temporary, made).await
+        self.or_remove(id, made).await
     }
 
     /// Makes a segment of a free one. The old name is gone, whatever happens.
@@ -79,7 +79,7 @@ impl<D: Disk> SegmentMaker<D> {
             self.finish(id, &temporary, file, len).await
         }
         .await;
-        self.or_remove(&temporary, made).await
+        self.or_remove(id, made).await
     }
 
     /// Zeros what is missing, writes the header, and gives the file its name.
@@ -118,14 +118,11 @@ impl<D: Disk> SegmentMaker<D> {
         Ok(Segment { id, file, path, capacity, salt, alignment })
     }
 
-    async fn or_remove(
-        &self,
-        temporary: &Path,
-        made: Result<Segment<D::File>>,
-    ) -> Result<Segment<D::File>> {
+    async fn or_remove(&self, id: u64, made: Result<Segment<D::File>>) -> Result<Segment<D::File>> {
         if made.is_err() {
-            // Best effort: a leftover is removed at the next start.
-            let _ = self.disk.remove(temporary).await;
+            // Best effort, whichever name it has: replay passes over what is left.
+            let _ = self.disk.remove(&self.dir.join(temporary_name(id))).await;
+            let _ = self.disk.remove(&self.dir.join(segment_name(id))).await;
         }
         made
     }

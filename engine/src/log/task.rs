@@ -394,8 +394,10 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
             let state = self.shared.state.borrow();
             (state.open.first, state.open.count)
         };
-        if let Some(window) = self.window_nanos
-            && count > 0
+        if count == 0 {
+            // It may have been sealed by an append meanwhile.
+            self.open_since = None;
+        } else if let Some(window) = self.window_nanos
             && self.open_since.is_none_or(|(first, _)| first != open)
         {
             let now = self.shared.runtime.now();

@@ -184,6 +184,7 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         let life = Life { number: end.life + 1, after: end.last, first: end.next };
         let maker =
             SegmentMaker { disk, dir, identity: end.identity, life, size: options.segment_size };
+        let newest_is_free = end.segments.last().is_some_and(|old| old.last == Lsn::ZERO);
         let (mut used, mut free) = (VecDeque::new(), VecDeque::new());
         for old in end.segments {
             if old.last == Lsn::ZERO {
@@ -193,11 +194,15 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
                 used.push_back(Used { id: 0, path, last, writes: 0, current: false });
             }
         }
+        // The newest segment is left alone until the new one is there: its header is what the log
+        // knows of earlier lives.
+        let newest = if newest_is_free { free.pop_back() } else { None };
         let recycled = free.pop_front();
         let first = match &recycled {
             Some(path) => maker.recycle(path, end.next_segment).await?,
             None => maker.create(end.next_segment).await?,
         };
+        free.extend(newest);
         let last = end.next.0 - 1;
         let state = State {
             refuse: false,
@@ -416,9 +421,10 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         if state.refuse {
             state.admit(self.pending.get() + size)?;
         }
-        let pending = self.pending.get() + size;
-        // One record is always let in, however large it is.
-        if pending > self.options.pending_size_max && pending > size {
+        // Asked before the record is counted, so that a large one is not kept out by small ones;
+        // the bound is exceeded by at most one record.
+        let pending = self.pending.get();
+        if pending >= self.options.pending_size_max {
             return Err(Error::Busy { what: "too many bytes wait for the commit log" });
         }
         let mut wake = false;
@@ -430,7 +436,7 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         encode(&mut state.open.buf, lsn);
         state.open.count += 1;
         self.appended.set(lsn.0);
-        self.pending.set(pending);
+        self.pending.set(pending + size);
         if wake || state.open.buf.len() >= state.wake_at {
             state.nudged = true;
             if let Some(waker) = state.writer.take() {

@@ -284,19 +284,22 @@ mod tests {
     type Key = (Token, NamespaceId, Vec<u8>);
 
     fn record() -> impl Strategy<Value = Record> {
-        // Few tokens and keys, so that versions, and different keys of one token, meet often.
-        (0u64..4, 0u32..2, 0u8..4, 1u64..60, any::<bool>(), 0u64..20, 0u32..3).prop_map(
-            |(token, namespace, key, stamp, live, expiry_ms, incarnation)| Record {
-                token: Token(token << 60),
-                namespace: NamespaceId(namespace),
-                incarnation,
-                kind: if live { Kind::Put } else { Kind::Delete },
-                // One write has one stamp: equal versions are equal records.
-                dot: Dot { origin: OriginId(incarnation), sequence: stamp },
-                timestamp: Timestamp(stamp),
-                expiry_ms: if live { expiry_ms } else { 0 },
-                key: vec![key + 1],
-                value: if live { stamp.to_le_bytes().to_vec() } else { Vec::new() },
+        // Few tokens and keys, so that versions, and different keys of one token, meet often. All
+        // else follows from the stamp, because one write has one content.
+        (0u64..4, 0u32..2, 0u8..4, 1u64..60, 0u32..3).prop_map(
+            |(token, namespace, key, stamp, incarnation)| {
+                let live = !stamp.is_multiple_of(3);
+                Record {
+                    token: Token(token << 60),
+                    namespace: NamespaceId(namespace),
+                    incarnation,
+                    kind: if live { Kind::Put } else { Kind::Delete },
+                    dot: Dot { origin: OriginId(incarnation), sequence: stamp },
+                    timestamp: Timestamp(stamp),
+                    expiry_ms: if live { (stamp * 7) % 20 } else { 0 },
+                    key: vec![key + 1],
+                    value: if live { stamp.to_le_bytes().to_vec() } else { Vec::new() },
+                }
             },
         )
     }

@@ -267,7 +267,12 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
                         breath.take(None).await?;
                     }
                 }
-                Want::Dry(index) => merge.sources_mut()[index].refill().await?,
+                Want::Dry(index) => {
+                    merge.sources_mut()[index].refill().await?;
+                    if self.stop.get() {
+                        return Err(Ended::Stopped);
+                    }
+                }
                 Want::Finished => return Ok(()),
             }
         }
@@ -335,5 +340,6 @@ impl<F: File> Source for Slice<F> {
     }
 }
 
-#[cfg(all(test, feature = "sim"))]
+#[cfg(test)]
+#[cfg(feature = "sim")]
 mod tests;

@@ -28,6 +28,7 @@
 //! a prefix of the appended edits.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::edit::TableSetEdit;
@@ -100,7 +101,6 @@ impl Owner {
 }
 
 /// The open manifest of a shard. One task appends at a time.
-#[derive(Debug)]
 pub struct Manifest<D: Disk> {
     disk: D,
     dir: PathBuf,
@@ -115,6 +115,12 @@ pub struct Manifest<D: Disk> {
     whole_size: u64,
     /// An append failed: whether its edit is there is unknown, so the file is never written again.
     doubtful: bool,
+}
+
+impl<D: Disk> fmt::Debug for Manifest<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Manifest({} of {}, {} bytes)", self.id, self.dir.display(), self.end)
+    }
 }
 
 impl<D: Disk> Manifest<D> {
@@ -450,5 +456,6 @@ impl Sectors {
     }
 }
 
-#[cfg(all(test, feature = "sim"))]
+#[cfg(test)]
+#[cfg(feature = "sim")]
 mod tests;

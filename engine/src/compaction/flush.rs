@@ -40,7 +40,7 @@ pub struct Flushed<D: Disk> {
     pub edit: TableSetEdit,
     /// Bytes written.
     pub bytes: u64,
-    /// Time at work, in nanoseconds.
+    /// Time it took, in nanoseconds.
     pub nanos: u64,
 }
 

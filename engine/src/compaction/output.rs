@@ -43,17 +43,19 @@ impl From<Error> for Ended {
 pub(super) struct Breath<R> {
     runtime: R,
     stop: Rc<Cell<bool>>,
+    /// When it last yielded.
     started: Instant,
     since_look: usize,
     since_yield: usize,
-    /// Time at work, without sleeps and yields, in nanoseconds.
-    worked: u64,
+    began: Instant,
+    /// Time slept to keep the pace, in nanoseconds.
+    slept: u64,
 }
 
 impl<R: Runtime> Breath<R> {
     pub(super) fn new(runtime: R, stop: Rc<Cell<bool>>) -> Breath<R> {
         let started = runtime.now();
-        Breath { runtime, stop, started, since_look: 0, since_yield: 0, worked: 0 }
+        Breath { runtime, stop, started, since_look: 0, since_yield: 0, began: started, slept: 0 }
     }
 
     /// Whether it is time for [`Breath::take`], after `bytes` more of work.
@@ -71,9 +73,11 @@ impl<R: Runtime> Breath<R> {
     /// Lets others run; waits until `not_before` if there is a pace.
     pub(super) async fn take(&mut self, not_before: Option<Instant>) -> Outcome<()> {
         let now = self.runtime.now();
-        self.worked += now.nanos_since(self.started);
         match not_before {
-            Some(at) if at > now => self.runtime.sleep_until(at).await,
+            Some(at) if at > now => {
+                self.runtime.sleep_until(at).await;
+                self.slept += self.runtime.now().nanos_since(now);
+            }
             _ => self.runtime.yield_now().await,
         }
         self.started = self.runtime.now();
@@ -81,8 +85,10 @@ impl<R: Runtime> Breath<R> {
         if self.stop.get() { Err(Ended::Stopped) } else { Ok(()) }
     }
 
+    /// Time it took without the pace, in nanoseconds; giving way to others counts, because that
+    /// is what background work can do beside them.
     pub(super) fn worked(&self) -> u64 {
-        self.worked + self.runtime.now().nanos_since(self.started)
+        self.runtime.now().nanos_since(self.began).saturating_sub(self.slept)
     }
 }
 

@@ -103,7 +103,7 @@ impl Pace {
         }
     }
 
-    /// A compaction step has written `bytes`, and worked (not slept) for `nanos`.
+    /// A compaction step has written `bytes` in `nanos`, not counting sleeps for the pace.
     pub fn compacted(&mut self, bytes: u64, nanos: u64) {
         self.compaction.add(bytes, nanos.max(1));
     }

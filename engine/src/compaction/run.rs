@@ -86,6 +86,8 @@ pub struct Compactor<D: Disk, R: Runtime> {
     pace: Rc<RefCell<Pace>>,
     stop: Rc<Cell<bool>>,
     running: Cell<bool>,
+    /// The hand has set out in idle time and has not come to rest.
+    settling: Cell<bool>,
     stats: Cell<CompactorStats>,
 }
 
@@ -108,6 +110,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             pace,
             stop,
             running: Cell::new(false),
+            settling: Cell::new(false),
             stats: Cell::default(),
         }
     }
@@ -134,9 +137,15 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         }
         let set = self.tables.current();
         self.pace.borrow_mut().set_pressure(&self.pressure());
-        let Some(step) = plan(set.layout(), &self.options.plan, self.runtime.wall(), mode) else {
-            return Ok(false);
+        let mode = match mode {
+            Mode::Idle if self.settling.get() => Mode::Settle,
+            mode => mode,
         };
+        let step = plan(set.layout(), &self.options.plan, self.runtime.wall(), mode);
+        if mode != Mode::Busy {
+            self.settling.set(step.as_ref().is_some_and(|step| step.hand.is_some()));
+        }
+        let Some(step) = step else { return Ok(false) };
         match self.run(set, &step).await {
             Ok(()) => Ok(true),
             Err(Ended::Stopped) => Ok(false),

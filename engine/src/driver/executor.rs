@@ -56,6 +56,7 @@ struct Inner {
     started: RefCell<Vec<Task>>,
     polling_foreground: Cell<bool>,
     timers: RefCell<Timers>,
+    next_turn: Cell<Option<Instant>>,
     background: TaskQueueHandle,
     background_woken: Arc<AtomicBool>,
     ring: Ring,
@@ -125,6 +126,7 @@ impl ShardRuntime {
             started: RefCell::default(),
             polling_foreground: Cell::new(false),
             timers: RefCell::default(),
+            next_turn: Cell::new(None),
             background,
             background_woken: Arc::default(),
             ring: ring.clone(),
@@ -169,13 +171,24 @@ impl ShardRuntime {
         }
     }
 
-    /// When the next timer is due.
-    pub(crate) fn next_timer(&self) -> Option<Instant> {
-        self.0.timers.borrow().queue.first_key_value().map(|(&(at, _), _)| at)
+    /// When the next timer is due, or the next turn is wanted.
+    pub(crate) fn next_wake_up(&self) -> Option<Instant> {
+        let timer = self.0.timers.borrow().queue.first_key_value().map(|(&(at, _), _)| at);
+        match (timer, self.0.next_turn.get()) {
+            (Some(timer), Some(turn)) => Some(timer.min(turn)),
+            (timer, turn) => timer.or(turn),
+        }
     }
 
-    /// A waker that makes the shard take another turn and poll its foreground tasks.
-    pub(crate) fn waker(&self) -> &Waker {
+    /// When the shard's own code wants its next turn at the latest.
+    pub(crate) fn set_next_turn(&self, at: Option<Instant>) {
+        self.0.next_turn.set(at);
+    }
+
+    /// A waker that makes the shard take another turn, also when it is parked: for futures that
+    /// the turn itself polls.
+    #[must_use]
+    pub fn waker(&self) -> &Waker {
         &self.0.waker
     }
 
@@ -193,7 +206,7 @@ impl ShardRuntime {
         if !inner.signal.is_parked() {
             return;
         }
-        let due = self.next_timer().is_some_and(|timer| timer <= self.now());
+        let due = self.next_wake_up().is_some_and(|at| at <= self.now());
         if due || inner.ring.is_ready() {
             inner.signal.wake();
             let executor = glommio::executor();

@@ -31,6 +31,8 @@ pub enum Turn {
     Busy,
     /// Nothing to do until a completion, a wake-up, or a timer.
     Idle,
+    /// As `Idle`, and the next turn is wanted at that time at the latest.
+    IdleUntil(Instant),
     /// The shard is done.
     Stop,
 }
@@ -78,7 +80,8 @@ pub async fn host(
         busy |= runtime.poll_foreground();
         match turn(now, &completions) {
             Turn::Busy => busy = true,
-            Turn::Idle => {}
+            Turn::Idle => runtime.set_next_turn(None),
+            Turn::IdleUntil(at) => runtime.set_next_turn(Some(at)),
             Turn::Stop => break,
         }
         busy |= runtime.poll_foreground();
@@ -107,6 +110,7 @@ pub async fn host(
             spin.parked(slice_start.nanos_since(before));
         }
     }
+    runtime.set_next_turn(None);
     ring.submit();
     Ok(())
 }
@@ -148,8 +152,9 @@ fn spin_until_ready(ring: &Ring, runtime: &ShardRuntime, budget: u64) -> bool {
         return false;
     }
     let mut end = runtime.now().after_nanos(budget);
-    if let Some(timer) = runtime.next_timer() {
-        end = end.min(timer);
+    let wake_up = runtime.next_wake_up();
+    if let Some(at) = wake_up {
+        end = end.min(at);
     }
     loop {
         for _ in 0..8 {
@@ -162,7 +167,7 @@ fn spin_until_ready(ring: &Ring, runtime: &ShardRuntime, budget: u64) -> bool {
             yield_core();
         }
         if runtime.now() >= end {
-            return runtime.next_timer().is_some_and(|timer| timer <= end);
+            return wake_up.is_some_and(|at| at <= end);
         }
         if glommio::executor().need_preempt() {
             return false;
@@ -250,7 +255,7 @@ impl Parking {
     }
 
     fn set_timer(&mut self, runtime: &ShardRuntime) {
-        let next = runtime.next_timer();
+        let next = runtime.next_wake_up();
         if self.timer.as_ref().map(|(at, _)| *at) != next {
             self.timer = next.map(|at| {
                 let wait = Duration::from_nanos(at.nanos_since(runtime.now()));

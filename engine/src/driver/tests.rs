@@ -483,3 +483,20 @@ fn an_error_names_operation_and_file() {
         assert!(text.contains("write 4096 bytes at offset 4096") && text.contains("/a"), "{text}");
     });
 }
+
+#[test]
+fn a_turn_that_asks_for_a_time_gets_it_while_the_shard_is_parked() {
+    let (turns, took) = on_shard(|ring, runtime| async move {
+        let start = runtime.now();
+        let wanted = start.after_nanos(20 * MS);
+        let mut turns = 0;
+        host(&ring, &runtime, HostOptions::default(), |now, _| {
+            turns += 1;
+            if now >= wanted { Turn::Stop } else { Turn::IdleUntil(wanted) }
+        })
+        .await
+        .unwrap();
+        (turns, runtime.now().nanos_since(start))
+    });
+    assert!(took >= 20 * MS && turns < 20, "{turns} turns in {took} ns");
+}

@@ -47,6 +47,20 @@ impl ConnId {
         self.index as usize
     }
 
+    /// The id as one number: the place in the low half, the generation in the high half.
+    #[must_use]
+    pub fn key(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.index)
+    }
+
+    /// The id that [`ConnId::key`] gave; any other number names nobody, or somebody else.
+    #[must_use]
+    pub fn from_key(key: u64) -> ConnId {
+        #[expect(clippy::cast_possible_truncation, reason = "the halves are taken apart")]
+        let (index, generation) = (key as u32, (key >> 32) as u32);
+        ConnId { index, generation }
+    }
+
     /// How often the place had been used before, modulo 2^28.
     #[must_use]
     pub fn generation(self) -> u32 {
@@ -228,6 +242,7 @@ mod tests {
         #[test]
         fn a_tag_gives_back_what_it_was_made_of(index: u32, generation in 0..=GENERATION_MASK) {
             let id = ConnId { index, generation };
+            prop_assert_eq!(ConnId::from_key(id.key()), id);
             for purpose in
                 [Purpose::Accept, Purpose::Receive, Purpose::Send, Purpose::Cancel, Purpose::Tick]
             {

@@ -5,6 +5,7 @@
 //! keeps it durably before it answers. Arguments and replies are JSON.
 
 use annulus_engine::model::{PartitionId, Token};
+use annulus_net::wire::Status;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -159,6 +160,18 @@ pub fn check_snapshot_name(name: &str) -> Result<(), String> {
          or `.`, not beginning with a dot",
         name.escape_debug()
     ))
+}
+
+impl Refusal {
+    /// Status with which the server answers a refused command. FAILED means that what was named
+    /// exists already, or does not exist: the tool then exits with 1.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        match self {
+            Refusal::Exists(_) | Refusal::NotFound(_) => Status::FAILED,
+            Refusal::Invalid(_) => Status::BAD_REQUEST,
+        }
+    }
 }
 
 /// What a namespace command comes to.

@@ -284,6 +284,16 @@ impl Identity {
         Ok(())
     }
 
+    /// Both copies as they stand in the bytes of the file, for tools: nothing is mended.
+    #[must_use]
+    pub fn copies(file: &[u8]) -> [std::result::Result<Identity, String>; COPIES] {
+        [0, 1].map(|copy| match Copied::decode(file, copy * COPY_SIZE) {
+            Ok((_, identity)) => Ok(identity),
+            Err(Bad::Damaged(what)) => Err(what.to_owned()),
+            Err(Bad::Newer(version)) => Err(format!("version {version}, newer than {VERSION}")),
+        })
+    }
+
     fn is_possible(&self) -> bool {
         self.shard < self.shard_count && self.partition_bits <= PARTITION_BITS_MAX
     }

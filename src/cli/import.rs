@@ -1,0 +1,231 @@
+//! `annulus import`: many keys from lines of a file, pipelined.
+//!
+//! Invariant: every line is counted once, as written or as failed, and named on stderr with its
+//! number when it failed (the first [`COMPLAINTS_MAX`] are). A bad line stops nothing unless
+//! `--strict`; a server that is gone stops everything.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
+use std::time::{Duration, Instant};
+
+use annulus_engine::model::limits::{KEY_SIZE_MAX, VALUE_SIZE_CEILING};
+use annulus_net::client::{Error, Pipeline, WriteOptions, Written};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use super::arguments::{Format, ImportArguments};
+use super::data::ttl;
+use super::lines::Line;
+use super::output::{Output, complain, finish};
+use super::remote::{TIMEOUT_LONG, connect_to_namespace, exit_of};
+use super::{Exit, Failure, Outcome};
+
+/// Writes under way at a time.
+const DEPTH: usize = 256;
+/// Longest line: a value of the greatest size, as base64 or escaped, with its key.
+const LINE_SIZE_MAX: u64 = 6 * (VALUE_SIZE_CEILING + KEY_SIZE_MAX) as u64;
+/// Failed lines that are named.
+const COMPLAINTS_MAX: u64 = 20;
+
+pub(super) fn run(arguments: ImportArguments) -> Outcome {
+    let from_stdin = arguments.file.as_os_str() == "-";
+    let by_name = match arguments.file.extension() {
+        Some(extension) if extension.eq_ignore_ascii_case("tsv") => Format::Tsv,
+        _ => Format::Jsonl,
+    };
+    let (input, size): (Box<dyn Read>, Option<u64>) = if from_stdin {
+        (Box::new(io::stdin()), None)
+    } else {
+        let path = &arguments.file;
+        let file = File::open(path)
+            .map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))?;
+        let size = file.metadata().ok().map(|meta| meta.len());
+        (Box::new(file), size)
+    };
+    let namespace = connect_to_namespace(&arguments.server, &arguments.namespace, TIMEOUT_LONG)?;
+    let mut import = Import {
+        tally: Tally::default(),
+        pipeline: namespace.pipeline(DEPTH),
+        pace: arguments.rate.map(Pace::new),
+        bar: progress(size),
+        strict: arguments.strict,
+        format: arguments.format.unwrap_or(by_name),
+    };
+    #[expect(clippy::disallowed_methods, reason = "the summary says how long it took")]
+    let begin = Instant::now();
+    let ended = import.read(BufReader::with_capacity(1 << 20, input));
+    while let Some((line, result)) = import.pipeline.finish_one() {
+        import.tally.count(line, result);
+    }
+    import.bar.finish_and_clear();
+    let seconds = begin.elapsed().as_secs_f64();
+    let tally = import.tally;
+    if tally.failed > COMPLAINTS_MAX {
+        complain(&format!("{} more lines failed", tally.failed - COMPLAINTS_MAX));
+    }
+    let mut output = Output::stdout();
+    let document = json!({ "written": tally.written, "failed": tally.failed, "seconds": seconds });
+    let printed = output.json(&document);
+    finish(output, printed)?;
+    ended?;
+    Ok(tally.exit())
+}
+
+fn progress(size: Option<u64>) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let (bar, template) = match size {
+        Some(size) => (
+            ProgressBar::new(size),
+            "{wide_bar} {bytes}/{total_bytes} {msg} {binary_bytes_per_sec} {eta}",
+        ),
+        None => (ProgressBar::new_spinner(), "{spinner} {bytes} {msg} {binary_bytes_per_sec}"),
+    };
+    bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(5));
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+struct Import {
+    tally: Tally,
+    pipeline: Pipeline<u64>,
+    pace: Option<Pace>,
+    bar: ProgressBar,
+    strict: bool,
+    format: Format,
+}
+
+impl Import {
+    fn read(&mut self, mut input: impl BufRead) -> Result<(), Failure> {
+        let mut bytes = Vec::new();
+        for number in 1u64.. {
+            bytes.clear();
+            let read = (&mut input).take(LINE_SIZE_MAX).read_until(b'\n', &mut bytes);
+            let len = read.map_err(|error| Failure::usage(format!("cannot read on: {error}")))?;
+            if len == 0 {
+                break;
+            }
+            self.bar.inc(len as u64);
+            if bytes.last() == Some(&b'\n') {
+                bytes.pop();
+            } else if len as u64 == LINE_SIZE_MAX {
+                return Err(Failure::usage(format!("line {number} is too long")));
+            }
+            match Line::parse(&bytes, self.format).and_then(|line| line.map(check).transpose()) {
+                Ok(None) => {}
+                Ok(Some(line)) => self.write(number, line),
+                Err(error) if self.strict => {
+                    return Err(Failure::usage(format!("line {number}: {error}")));
+                }
+                Err(error) => self.tally.fail(number, Exit::Usage, &error),
+            }
+            if self.tally.exits.contains(&Exit::Unreachable) {
+                return Err(Failure::new(Exit::Unreachable, "the server is gone"));
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, number: u64, line: Line) {
+        if let Some(pace) = &mut self.pace {
+            pace.wait();
+        }
+        let options = WriteOptions { ttl: ttl(line.ttl), ..WriteOptions::default() };
+        let finished = match line.value {
+            Some(value) => self.pipeline.put(number, line.key, value, options),
+            None => self.pipeline.delete(number, line.key, options),
+        };
+        if let Some((number, result)) = finished {
+            self.tally.count(number, result);
+            self.bar.set_message(format!("{} keys", self.tally.written));
+        }
+    }
+}
+
+fn check(line: Line) -> Result<Line, String> {
+    if (1..=KEY_SIZE_MAX).contains(&line.key.len()) {
+        return Ok(line);
+    }
+    Err(format!("a key has 1 to {KEY_SIZE_MAX} bytes, this one {}", line.key.len()))
+}
+
+/// What became of the lines.
+#[derive(Debug, Default)]
+struct Tally {
+    written: u64,
+    failed: u64,
+    /// Which ways of failing there were.
+    exits: std::collections::BTreeSet<Exit>,
+}
+
+impl Tally {
+    fn count(&mut self, line: u64, result: Result<Written, Error>) {
+        match result {
+            Ok(_) => self.written += 1,
+            Err(error) => self.fail(line, exit_of(&error), &error.to_string()),
+        }
+    }
+
+    fn fail(&mut self, line: u64, exit: Exit, why: &str) {
+        self.failed += 1;
+        self.exits.insert(exit);
+        if self.failed <= COMPLAINTS_MAX {
+            complain(&format!("line {line}: {why}"));
+        }
+    }
+
+    /// The worst for whoever must decide what to do next: doubt, then no server, then refusal.
+    fn exit(&self) -> Exit {
+        let order = [Exit::MayBeApplied, Exit::Unreachable, Exit::NotStarted, Exit::Usage];
+        let worst = order.into_iter().find(|exit| self.exits.contains(exit));
+        worst.unwrap_or(if self.failed > 0 { Exit::Negative } else { Exit::Success })
+    }
+}
+
+/// Keeps writes to a rate.
+struct Pace {
+    interval: Duration,
+    next: Instant,
+}
+
+impl Pace {
+    #[expect(clippy::disallowed_methods, reason = "a tool's pace follows the real clock")]
+    fn new(rate: u64) -> Pace {
+        Pace {
+            interval: Duration::from_secs(1) / u32::try_from(rate).unwrap_or(u32::MAX),
+            next: Instant::now(),
+        }
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a tool may sleep; no shard runs here")]
+    fn wait(&mut self) {
+        let now = Instant::now();
+        if self.next > now {
+            std::thread::sleep(self.next - now);
+        }
+        // Time lost is not made up for by a burst of more than a tenth of a second.
+        let earliest = now.checked_sub(Duration::from_millis(100)).unwrap_or(now);
+        self.next = self.next.max(earliest) + self.interval;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_failure_decides_the_exit_code() {
+        let mut tally = Tally::default();
+        assert_eq!(tally.exit(), Exit::Success);
+        tally.fail(1, Exit::Usage, "bad");
+        assert_eq!(tally.exit(), Exit::Usage);
+        tally.count(2, Err(Error::NoNamespace { name: "x".into() }));
+        assert_eq!(tally.exit(), Exit::NotStarted);
+        tally.fail(3, Exit::MayBeApplied, "doubt");
+        tally.count(4, Ok(Written::default()));
+        assert_eq!((tally.exit(), tally.written, tally.failed), (Exit::MayBeApplied, 1, 3));
+    }
+}

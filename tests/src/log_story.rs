@@ -27,8 +27,11 @@ fn dir() -> PathBuf {
     PathBuf::from("shard/log")
 }
 
-fn options() -> LogOptions {
+fn options(periodic: bool) -> LogOptions {
+    let durability =
+        if periodic { Durability::Periodic { window_ms: 40 } } else { Durability::Sync };
     LogOptions {
+        durability,
         segment_size: 64 << 10,
         batch_size: 4096,
         overlap_size: 512,
@@ -47,6 +50,7 @@ struct Known {
     acknowledged: Cell<u64>,
     /// Greatest LSN that tables hold.
     released: Cell<u64>,
+    periodic: bool,
 }
 
 type Log = CommitLog<SimDisk, SimRuntime>;
@@ -116,7 +120,6 @@ fn append(log: &Log, known: &Known, value: Vec<u8>) -> Result<Lsn> {
 
 /// One life: appends, waits and releases in a random order.
 async fn live(log: &Log, runtime: &SimRuntime, known: &Rc<Known>, chance: &mut Chance, steps: u64) {
-    let sync = options().durability == Durability::Sync;
     for _ in 0..steps {
         match chance.below(12) {
             0 => {
@@ -126,6 +129,7 @@ async fn live(log: &Log, runtime: &SimRuntime, known: &Rc<Known>, chance: &mut C
                 runtime.sleep_until(runtime.now().after_nanos(chance.below(100_000_000))).await;
             }
             2 if chance.one_in(3) => {
+                // Tables hold only what is durable, or the log would have a hole after a crash.
                 let up_to = log.visible().0.min(known.acknowledged.get());
                 known.released.set(up_to.max(known.released.get()));
                 log.release(Lsn(known.released.get()));
@@ -148,7 +152,7 @@ async fn live(log: &Log, runtime: &SimRuntime, known: &Rc<Known>, chance: &mut C
                 }
             }
         }
-        let reached = if sync { log.visible() } else { log.durable() };
+        let reached = if known.periodic { log.durable() } else { log.visible() };
         known.acknowledged.set(known.acknowledged.get().max(reached.0));
     }
 }
@@ -171,7 +175,8 @@ fn check_image(image: &SimDisk, executor: &SimExecutor, known: &Known, seed: u64
         if cut {
             image.cut_power_at(image.op_count() + chance.between(1, 30));
         }
-        let started = executor.try_run(start(&image, &executor.runtime(), end, options()));
+        let started =
+            executor.try_run(start(&image, &executor.runtime(), end, options(known.periodic)));
         if let Ok(log) = started {
             let log = log.unwrap();
             let runtime = executor.runtime();
@@ -196,15 +201,17 @@ pub struct LogStory {
     pub image_one_in: u64,
     /// Whether one operation a life fails.
     pub faults: bool,
+    /// Whether the log acknowledges before it is on the disk; then only syncs count.
+    pub periodic: bool,
 }
 
 /// Tells the story. Panics when a promise is broken.
 pub fn tell(story: LogStory) {
-    let LogStory { seed, steps, image_one_in, faults } = story;
+    let LogStory { seed, steps, image_one_in, faults, periodic } = story;
     let executor = SimExecutor::new(seed);
     let runtime = executor.runtime();
     let mut chance = Chance::new(seed ^ 0x10C);
-    let known = Rc::new(Known::default());
+    let known = Rc::new(Known { periodic, ..Known::default() });
     let mut disk = SimDisk::new(&runtime, SimDiskOptions::seeded(seed));
     executor.run(async {
         disk.create_dir(Path::new("shard")).await.unwrap();
@@ -238,7 +245,7 @@ pub fn tell(story: LogStory) {
             // What was not found is void, and its numbers are given out again.
             let last = end.last.0;
             known.appended.borrow_mut().retain(|lsn, _| *lsn <= last);
-            let Ok(log) = start(&disk, &runtime, end, options()).await else {
+            let Ok(log) = start(&disk, &runtime, end, options(periodic)).await else {
                 assert!(faults, "nothing failed but the log did not start");
                 return;
             };

@@ -398,7 +398,7 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
             // It may have been sealed by an append meanwhile.
             self.open_since = None;
         } else if let Some(window) = self.window_nanos
-            && self.open_since.is_none_or(|(first, _)| first != open)
+            && self.open_since.is_none()
         {
             let now = self.shared.runtime.now();
             self.open_since = Some((open, now));
@@ -428,14 +428,24 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
         let open = self.open_since.map(|(_, since)| since.after_nanos(delay));
         let may_write = !self.blocked && self.flight.len() < self.shared.options.batches_in_flight;
         let open = open.filter(|_| may_write);
+        // The mark is for times when nothing is to be written; a close record that is held back
+        // waits for a sync, not for the clock.
+        let nothing_waits = {
+            let state = self.shared.state.borrow();
+            state.sealed.is_empty() && state.open.count == 0
+        };
         let sync = self
             .sync_at
             .filter(|_| self.sync.is_none() && self.written > self.shared.durable.get());
-        let quiet = self.quiet_deadline().filter(|_| may_write && self.flight.is_empty());
-        [open, sync, quiet, self.retry_at].into_iter().flatten().min()
+        let idle = self.flight.is_empty();
+        let quiet = self.quiet_deadline().filter(|_| may_write && idle && nothing_waits);
+        // Growing a segment waits until nothing is under way, whatever the clock says.
+        let retry = self.retry_at.filter(|_| idle);
+        [open, sync, quiet, retry].into_iter().flatten().min()
     }
 
-    /// Waits for the next thing that concerns the writer.
+    /// Waits for the next thing that concerns the writer. A deadline that has passed must be one
+    /// that [`Writer::submit`] can act on, or the task would spin and never yield.
     async fn event(&mut self) -> Event<D::File> {
         if let Some(deadline) = self.deadline()
             && self.timer.as_ref().is_none_or(|(at, _)| *at > deadline)

@@ -23,8 +23,11 @@ use crate::runtime::{Class, Runtime};
 const WALL_START_US: u64 = 365 * 86_400 * 1_000_000;
 /// Virtual time after which a run that has not ended is given up: an hour, in nanoseconds.
 const RUN_NANOS_MAX: u64 = 3_600 * 1_000_000_000;
+/// Looks at the clock within one poll after which the task is said to spin: time stands still
+/// while it does not yield.
+const LOOKS_PER_POLL_MAX: u64 = 100_000;
 /// Polls after which a run that has not ended is given up.
-const RUN_POLLS_MAX: u64 = 200_000_000;
+const RUN_POLLS_MAX: u64 = 10_000_000;
 
 /// Why [`SimExecutor::try_run`] stopped before its future was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +36,7 @@ pub enum Stopped {
     Halted,
     /// Nothing is ready and no timer is set: all wait for what never comes.
     Deadlock,
-    /// An hour of virtual time passed, or 200 million polls.
+    /// An hour of virtual time passed, or ten million polls.
     TimeLimit,
 }
 
@@ -78,6 +81,8 @@ struct Shared {
     timers: RefCell<BTreeMap<(Instant, u64), Waker>>,
     halted: Cell<bool>,
     polls: Cell<u64>,
+    /// Looks at the clock since the last poll began.
+    looks: Cell<u64>,
 }
 
 /// The executor. Owns the tasks; dropping it drops them, as a kill does.
@@ -104,6 +109,7 @@ impl SimExecutor {
             timers: RefCell::new(BTreeMap::new()),
             halted: Cell::new(false),
             polls: Cell::new(0),
+            looks: Cell::new(0),
         };
         SimExecutor { runtime: SimRuntime { shared: Rc::new(shared) } }
     }
@@ -259,6 +265,7 @@ impl Shared {
 
     fn pass_a_moment(&self) {
         self.polls.set(self.polls.get() + 1);
+        self.looks.set(0);
         let nanos = self.chance.borrow_mut().between(20, 400);
         self.set_now(self.now.get().after_nanos(nanos));
     }
@@ -316,6 +323,9 @@ impl SimRuntime {
 
 impl Runtime for SimRuntime {
     fn now(&self) -> Instant {
+        let looks = self.shared.looks.get() + 1;
+        self.shared.looks.set(looks);
+        assert!(looks < LOOKS_PER_POLL_MAX, "a task spins and does not yield");
         self.shared.now.get()
     }
 
@@ -447,6 +457,17 @@ mod tests {
         assert_eq!(executor.try_run(std::future::pending::<()>()), Err(Stopped::Halted));
         executor.kill_tasks();
         executor.run(async {});
+    }
+
+    #[test]
+    #[should_panic(expected = "a task spins")]
+    fn a_loop_that_waits_for_the_clock_without_yielding_is_found() {
+        let executor = SimExecutor::new(3);
+        let handle = executor.runtime();
+        executor.run(async move {
+            let deadline = handle.now().after_nanos(50_000);
+            while handle.now() < deadline {}
+        });
     }
 
     #[test]

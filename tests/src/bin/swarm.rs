@@ -35,6 +35,7 @@ fn tell_log(seed: u64) {
         steps: chance.between(20, 600),
         image_one_in: chance.between(1, 60),
         faults: chance.one_in(2),
+        periodic: chance.one_in(4),
     };
     log_story::tell(story);
 }

@@ -789,4 +789,27 @@ mod tests {
             assert!(text.parse::<Level>().is_err(), "{text}");
         }
     }
+
+    #[test]
+    fn a_crash_while_saving_leaves_the_old_or_the_new() {
+        use annulus_engine::sim::{SimDisk, SimDiskOptions, SimExecutor};
+        let (old, new) = (Catalogue::new(Compression::Lz4), catalogue());
+        let dir = Path::new("data");
+        for power_lost_at in 0..40 {
+            let executor = SimExecutor::new(power_lost_at);
+            let disk = SimDisk::new(&executor.runtime(), SimDiskOptions::default());
+            executor.run(async {
+                disk.create_dir(dir).await.unwrap();
+                disk.sync_dir(Path::new("")).await.unwrap();
+                old.save(&disk, dir).await.unwrap();
+            });
+            disk.cut_power_at(disk.op_count() + 1 + power_lost_at);
+            let saved = executor.try_run(async { new.save(&disk, dir).await });
+            let restarted = SimExecutor::new(1);
+            let disk = disk.crash_onto(&restarted.runtime(), power_lost_at);
+            let found = restarted.run(Catalogue::load(&disk, dir)).unwrap().unwrap();
+            let durable = matches!(saved, Ok(Ok(())));
+            assert!(found == new || (found == old && !durable), "at {power_lost_at}");
+        }
+    }
 }

@@ -257,6 +257,11 @@ impl Catalogue {
         self.namespaces.iter().find(|namespace| namespace.name == name)
     }
 
+    /// Ids of namespaces that were dropped.
+    pub fn dropped(&self) -> impl Iterator<Item = NamespaceId> + '_ {
+        (0..self.next_id).map(NamespaceId).filter(|id| self.get(*id).is_none())
+    }
+
     /// All namespaces, by id.
     pub fn iter(&self) -> impl Iterator<Item = &Namespace> {
         self.namespaces.iter()

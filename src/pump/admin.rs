@@ -42,6 +42,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     && let Some(out) = wires.out(connection)
                 {
                     session.wire.replies(out).json(ticket, json);
+                    Self::attend(&mut self.attention, connection, session);
                 }
             }
             (Ok(json), origin) => self.answer(origin, &Answer::Raw(Status::OK, &json), wires),
@@ -64,6 +65,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 && let Some(out) = wires.out(connection)
             {
                 session.wire.replies(out).page(ticket, page, next);
+                Self::attend(&mut self.attention, connection, session);
             }
         } else {
             let body = page.into_body(next);

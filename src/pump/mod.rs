@@ -61,6 +61,10 @@ const BATCH_RESULT_BYTES_MAX: usize = 8 << 20;
 pub trait Wires {
     /// The output of a connection, if it still exists. Whatever is appended will be sent.
     fn out(&mut self, connection: ConnectionKey) -> Option<&mut Vec<u8>>;
+    /// Bytes of output that the socket has not taken yet.
+    fn unsent(&self, connection: ConnectionKey) -> usize;
+    /// Receives again from a connection whose verdict was [`Verdict::Pause`].
+    fn resume(&mut self, connection: ConnectionKey);
     /// Sends what is in the output, then closes.
     fn close(&mut self, connection: ConnectionKey);
 }
@@ -138,8 +142,13 @@ pub struct Pump<D: Disk, R: Runtime> {
     secret: ContextSecret,
     catalogue: Rc<Catalogue>,
     sessions: Sessions,
+    /// Connections that are being handed to another shard.
+    moving: BTreeMap<ConnectionKey, u32>,
+    /// Connections whose output must be watched.
+    attention: Vec<ConnectionKey>,
     budget: MemoryBudget,
     tasks: FuturesUnordered<Task>,
+    waker: Waker,
     writes: WriteQueue,
     batches: BTreeMap<usize, BatchInProgress>,
     next_batch: usize,
@@ -190,8 +199,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             secret: options.secret,
             catalogue: options.catalogue,
             sessions: Sessions::default(),
+            moving: BTreeMap::new(),
+            attention: Vec::new(),
             budget: MemoryBudget::new(options.message_memory),
             tasks: FuturesUnordered::new(),
+            waker: Waker::noop().clone(),
             writes: WriteQueue::default(),
             batches: BTreeMap::new(),
             next_batch: 0,
@@ -212,9 +224,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         &self.shard
     }
 
-    /// Reads the clocks, once for all that happens until the next call.
-    pub fn tick(&mut self) {
-        self.now = self.runtime.now();
+    /// What wakes the loop when a task can go on; without it the loop must come round by itself.
+    pub fn set_waker(&mut self, waker: Waker) {
+        self.waker = waker;
+    }
+
+    /// The time for all that happens until the next call.
+    pub fn tick(&mut self, now: Instant) {
+        self.now = now;
         self.wall = self.runtime.wall();
         Rc::make_mut(&mut self.facts).welcome.wall_us = self.wall.0;
     }
@@ -222,12 +239,23 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// A connection was accepted.
     pub fn accepted(&mut self, connection: ConnectionKey) {
         let wire = ServerConnection::new(self.now, &self.facts, self.budget.clone());
-        self.sessions.insert(connection, Box::new(Session { wire, paused: false }));
+        self.sessions.insert(connection, Session::new(wire));
         self.metrics.borrow_mut().counters.connections_accepted += 1;
+    }
+
+    /// Remembers to which shard a connection is on its way.
+    pub fn note_target(&mut self, connection: ConnectionKey, shard: u32) {
+        self.moving.insert(connection, shard);
+    }
+
+    /// The shard to which a connection is on its way.
+    pub fn take_target(&mut self, connection: ConnectionKey) -> Option<u32> {
+        self.moving.remove(&connection)
     }
 
     /// A connection is gone. Requests in flight go on; their answers are dropped.
     pub fn closed(&mut self, connection: ConnectionKey) {
+        self.moving.remove(&connection);
         self.sessions.take(connection);
     }
 
@@ -237,6 +265,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         connection: ConnectionKey,
         bytes: &[u8],
         out: &mut Vec<u8>,
+        unsent: usize,
     ) -> Verdict {
         // The session is taken out for the call, so that the handler may use the rest of us.
         let Some(mut session) = self.sessions.take(connection) else { return Verdict::Close };
@@ -249,7 +278,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let received = session.wire.receive(now, bytes, &facts, out, &mut handler);
         drop(facts);
         let verdict = match received {
-            Ok(Received::Continue) if session.wire.wants_pause(&self.facts, out.len()) => {
+            Ok(Received::Continue) if session.wire.wants_pause(&self.facts, unsent + out.len()) => {
                 session.paused = true;
                 Verdict::Pause
             }
@@ -261,37 +290,71 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 Verdict::Close
             }
         };
+        Self::attend(&mut self.attention, connection, &mut session);
         self.sessions.insert(connection, session);
         verdict
     }
 
-    /// Output went out: `sent` bytes since the last call, `unsent` wait in `out`.
-    ///
-    /// Returns whether a connection that was paused should receive again.
-    pub fn sent(
-        &mut self,
+    /// Connections whose output was too much to be sent at once: turns long answers into frames
+    /// as the socket takes them, and lets paused ones go on.
+    fn serve_output(&mut self, wires: &mut dyn Wires) -> bool {
+        let mut worked = false;
+        let mut index = 0;
+        while index < self.attention.len() {
+            let connection = self.attention[index];
+            let waits = match self.sessions.get_mut(connection) {
+                None => false,
+                Some(session) => {
+                    let unsent = wires.unsent(connection);
+                    let moved = session.unsent.saturating_sub(unsent);
+                    worked |= moved > 0;
+                    session.wire.sent(self.now, moved, unsent);
+                    session.unsent = unsent;
+                    if session.wire.has_queued()
+                        && unsent < self.facts.options.pause_bytes
+                        && let Some(out) = wires.out(connection)
+                    {
+                        worked = true;
+                        session.wire.fill_output(out, self.facts.options.pause_bytes);
+                        session.unsent = wires.unsent(connection);
+                    }
+                    if session.paused && !session.wire.wants_pause(&self.facts, session.unsent) {
+                        session.paused = false;
+                        worked = true;
+                        wires.resume(connection);
+                    }
+                    session.attended = session.paused || session.wire.has_queued();
+                    session.attended
+                }
+            };
+            if waits {
+                index += 1;
+            } else {
+                self.attention.swap_remove(index);
+            }
+        }
+        worked
+    }
+
+    /// Takes note of a connection whose output must be watched.
+    fn attend(
+        attention: &mut Vec<ConnectionKey>,
         connection: ConnectionKey,
-        sent: usize,
-        unsent: usize,
-        out: &mut Vec<u8>,
-    ) -> bool {
-        self.metrics.borrow_mut().counters.sent_bytes += sent as u64;
-        let Some(session) = self.sessions.get_mut(connection) else { return false };
-        session.wire.sent(self.now, sent, unsent);
-        if session.wire.has_queued() {
-            session.wire.fill_output(out, self.facts.options.pause_bytes);
+        session: &mut Session,
+    ) {
+        if !session.attended && (session.paused || session.wire.has_queued()) {
+            session.attended = true;
+            attention.push(connection);
         }
-        let resume = session.paused && !session.wire.wants_pause(&self.facts, unsent + out.len());
-        if resume {
-            session.paused = false;
-        }
-        resume
     }
 
     /// Does what is due: finished tasks, visible writes, deadlines. Returns whether anything was.
     pub fn turn(&mut self, wires: &mut dyn Wires, peers: &mut dyn Peers) -> bool {
         let mut worked = self.poll_tasks(wires);
         worked |= self.answer_writes(wires);
+        if !self.attention.is_empty() {
+            worked |= self.serve_output(wires);
+        }
         if self.now >= self.next_sweep {
             self.next_sweep = self.now.after_nanos(SWEEP_NANOS);
             worked |= self.sweep(wires);
@@ -362,13 +425,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         self.tasks.push(Box::pin(task));
     }
 
-    /// Polls the tasks that were woken. The waker does nothing: the loop comes round anyway.
+    /// Polls the tasks that were woken.
     fn poll_tasks(&mut self, wires: &mut dyn Wires) -> bool {
         if self.tasks.is_empty() {
             return false;
         }
         let mut worked = false;
-        let mut context = Context::from_waker(Waker::noop());
+        let waker = self.waker.clone();
+        let mut context = Context::from_waker(&waker);
         while let Poll::Ready(Some(done)) = self.tasks.poll_next_unpin(&mut context) {
             worked = true;
             self.finish(done, wires);
@@ -385,6 +449,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     && let Some(out) = wires.out(connection)
                 {
                     answer.to_connection(&mut session.wire.replies(out), ticket);
+                    Self::attend(&mut self.attention, connection, session);
                 }
             }
             Origin::Batch { batch, index, verb } => {
@@ -408,6 +473,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             && let Some(out) = wires.out(done.connection)
         {
             session.wire.replies(out).batch(ticket, done.results);
+            Self::attend(&mut self.attention, done.connection, session);
         }
     }
 

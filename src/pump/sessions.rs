@@ -13,6 +13,16 @@ pub(super) struct Session {
     pub(super) wire: ServerConnection,
     /// Not receiving until answers have gone out.
     pub(super) paused: bool,
+    /// In the pump's list of those that wait for their output to go out.
+    pub(super) attended: bool,
+    /// Bytes that waited for the socket when last looked at.
+    pub(super) unsent: usize,
+}
+
+impl Session {
+    pub(super) fn new(wire: ServerConnection) -> Box<Session> {
+        Box::new(Session { wire, paused: false, attended: false, unsent: 0 })
+    }
 }
 
 /// All connections.

@@ -1,0 +1,237 @@
+//! What all threads of a node share: who it is, its namespaces, its state, its shards' inboxes.
+//!
+//! Invariant: nothing here is touched by a request on the hot path. A shard looks at one atomic a
+//! turn to learn that something has changed.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, RwLock, mpsc as std_mpsc};
+
+use annulus_engine::driver::RingWaker;
+use annulus_engine::model::causality::ContextSecret;
+use annulus_engine::model::{OriginId, WallMicros};
+use annulus_net::driver::{Detached, Mesh};
+use futures_channel::mpsc;
+use futures_channel::oneshot;
+
+use crate::admin::Source;
+use crate::config::Config;
+use crate::metrics::{DiskLevel, NodeSnapshot, Process, ShardSnapshot};
+use crate::namespaces::Catalogue;
+use crate::pump::Message;
+
+/// Who a node is: from its data directory.
+#[derive(Clone)]
+pub(crate) struct NodeFacts {
+    pub(crate) cluster: u128,
+    pub(crate) node: OriginId,
+    pub(crate) hash_seed: u64,
+    pub(crate) partition_bits: u32,
+    pub(crate) shard_count: u32,
+    pub(crate) created: WallMicros,
+    pub(crate) secret: ContextSecret,
+    pub(crate) disk_total: u64,
+}
+
+/// Where the node is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum State {
+    Starting = 0,
+    Serving = 1,
+    Draining = 2,
+}
+
+/// What travels between shards.
+pub(crate) enum Parcel {
+    /// A request or an answer.
+    Message(Message),
+    /// A connection that asked for the receiver.
+    Connection(Detached),
+}
+
+/// What other threads ask of a shard.
+pub(crate) enum Ask {
+    /// Its numbers.
+    Snapshot(mpsc::UnboundedSender<ShardSnapshot>),
+    /// A snapshot of its files in this directory.
+    Files(std::path::PathBuf, oneshot::Sender<Result<(), String>>),
+}
+
+/// A shard's inbox, for threads outside the mesh.
+pub(crate) struct Inbox {
+    pub(crate) asks: std_mpsc::Sender<Ask>,
+    pub(crate) waker: RingWaker,
+}
+
+/// The node.
+pub(crate) struct Node {
+    config: Arc<Config>,
+    client: SocketAddr,
+    facts: OnceLock<(NodeFacts, Arc<Mesh<Parcel>>)>,
+    state: AtomicU8,
+    /// Counts changes of state, namespaces and inboxes.
+    changes: AtomicU64,
+    catalogue: RwLock<Arc<Catalogue>>,
+    /// Held while the namespaces are being changed.
+    pub(crate) changing: futures_util::lock::Mutex<()>,
+    inboxes: RwLock<Vec<Option<Inbox>>>,
+    disk_free: AtomicU64,
+    disk_level: AtomicU8,
+    started: std::time::Instant,
+}
+
+impl Node {
+    #[expect(clippy::disallowed_methods, reason = "the node's age, shown to people")]
+    pub(crate) fn new(config: Arc<Config>, client: SocketAddr) -> Node {
+        let catalogue = Catalogue::new(config.compression);
+        Node {
+            config,
+            client,
+            facts: OnceLock::new(),
+            state: AtomicU8::new(State::Starting as u8),
+            changes: AtomicU64::new(1),
+            catalogue: RwLock::new(Arc::new(catalogue)),
+            changing: futures_util::lock::Mutex::new(()),
+            inboxes: RwLock::default(),
+            disk_free: AtomicU64::new(0),
+            disk_level: AtomicU8::new(0),
+            started: std::time::Instant::now(),
+        }
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where clients reach the node.
+    pub(crate) fn client_address(&self) -> String {
+        match &self.config.advertise {
+            Some(host) if host.contains(':') => host.clone(),
+            Some(host) => format!("{host}:{}", self.client.port()),
+            None => self.client.to_string(),
+        }
+    }
+
+    pub(crate) fn set_facts(&self, facts: NodeFacts, mesh: Arc<Mesh<Parcel>>) {
+        // Set once, by the main thread.
+        let _ = self.facts.set((facts, mesh));
+        self.changed();
+    }
+
+    pub(crate) fn facts(&self) -> Option<&NodeFacts> {
+        self.facts.get().map(|(facts, _)| facts)
+    }
+
+    pub(crate) fn mesh(&self) -> Option<&Arc<Mesh<Parcel>>> {
+        self.facts.get().map(|(_, mesh)| mesh)
+    }
+
+    pub(crate) fn state(&self) -> State {
+        match self.state.load(Ordering::Acquire) {
+            0 => State::Starting,
+            1 => State::Serving,
+            _ => State::Draining,
+        }
+    }
+
+    pub(crate) fn set_state(&self, state: State) {
+        self.state.store(state as u8, Ordering::Release);
+        self.changed();
+    }
+
+    /// How many changes there have been; a shard looks closer when it differs from last time.
+    #[inline]
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.wake_all();
+    }
+
+    pub(crate) fn wake_all(&self) {
+        for inbox in self.read_inboxes().iter().flatten() {
+            inbox.waker.wake();
+        }
+    }
+
+    pub(crate) fn catalogue(&self) -> Arc<Catalogue> {
+        Arc::clone(&self.catalogue.read().expect("no holder of this lock panics"))
+    }
+
+    pub(crate) fn set_catalogue(&self, catalogue: Catalogue) {
+        *self.catalogue.write().expect("no holder of this lock panics") = Arc::new(catalogue);
+        self.changed();
+    }
+
+    pub(crate) fn join(&self, shard: u32, inbox: Inbox) {
+        let mut inboxes = self.inboxes.write().expect("no holder of this lock panics");
+        let index = shard as usize;
+        if inboxes.len() <= index {
+            inboxes.resize_with(index + 1, || None);
+        }
+        inboxes[index] = Some(inbox);
+    }
+
+    fn read_inboxes(&self) -> std::sync::RwLockReadGuard<'_, Vec<Option<Inbox>>> {
+        self.inboxes.read().expect("no holder of this lock panics")
+    }
+
+    /// Asks each shard; those that have ended are passed over. Returns how many were asked.
+    pub(crate) fn ask_all(&self, mut ask: impl FnMut(usize) -> Ask) -> usize {
+        let inboxes = self.read_inboxes();
+        let asked = inboxes.iter().enumerate().filter(|(index, inbox)| {
+            let Some(inbox) = inbox else { return false };
+            let sent = inbox.asks.send(ask(*index)).is_ok();
+            self.changes.fetch_add(1, Ordering::AcqRel);
+            inbox.waker.wake();
+            sent
+        });
+        asked.count()
+    }
+
+    pub(crate) fn note_disk(&self, free: u64, level: DiskLevel) {
+        self.disk_free.store(free, Ordering::Relaxed);
+        self.disk_level.store(level as u8, Ordering::Relaxed);
+    }
+}
+
+impl Source for Node {
+    fn shard_count(&self) -> usize {
+        self.facts().map_or(0, |facts| facts.shard_count as usize)
+    }
+
+    fn ask(&self, reply: mpsc::UnboundedSender<ShardSnapshot>) {
+        self.ask_all(|_| Ask::Snapshot(reply.clone()));
+    }
+
+    fn describe(&self) -> NodeSnapshot {
+        let facts = self.facts();
+        NodeSnapshot {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: facts.map_or(0, |facts| facts.node.0),
+            cluster: facts.map_or_else(String::new, |facts| format!("{:032x}", facts.cluster)),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            disk_free_bytes: self.disk_free.load(Ordering::Relaxed),
+            disk_total_bytes: facts.map_or(0, |facts| facts.disk_total),
+            disk_level: match self.disk_level.load(Ordering::Relaxed) {
+                0 => DiskLevel::Ok,
+                1 => DiskLevel::Pace,
+                2 => DiskLevel::Refuse,
+                _ => DiskLevel::Reserve,
+            },
+            process: Process::probe(),
+            shards: Vec::new(),
+        }
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        match self.state() {
+            State::Serving => Ok(()),
+            State::Starting => Err("starting".to_owned()),
+            State::Draining => Err("draining".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,544 @@
+//! One shard's thread: opens the shard, then turns sockets, mesh and pump until told to stop.
+//!
+//! Invariant: the only place where sockets meet the pump; it decides nothing about a request.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use annulus_engine::disk::Disk;
+use annulus_engine::driver::{HostOptions, Ring, RingDisk, ShardRuntime, Turn, drive, host};
+use annulus_engine::identity::{self, Identity};
+use annulus_engine::model::causality::ContextSecret;
+use annulus_engine::model::{Instant, NamespaceId, OriginId, WallMicros};
+use annulus_engine::options::Compression;
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::Shard;
+use annulus_net::driver::{
+    ConnId, Connections, Event, Limits as SocketLimits, Mesh, MeshPort, Sockets,
+};
+use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
+use annulus_net::wire::hello::{self, Limits, Replica, Run, Welcome};
+
+use super::Told;
+use super::desk::Desk;
+use super::node::{Ask, Inbox, Node, NodeFacts, Parcel, State};
+use crate::namespaces::Catalogue;
+use crate::pump::{
+    ConnectionKey, Message, Peers, Pump, PumpOptions, ShardMap, Verdict, Wires, disk_level,
+};
+
+/// File of the secret under which contexts are signed: 16 bytes.
+const SECRET_NAME: &str = "SECRET";
+/// How often the numbers that the node shows are refreshed, in nanoseconds.
+const NOTE_NANOS: u64 = 250_000_000;
+/// Results of one batch and long replies of one connection, in bytes.
+const LONG_BYTES_MIN: usize = 4 << 20;
+
+/// What a shard's thread begins with.
+pub(crate) struct ShardStart {
+    pub(crate) index: u32,
+    pub(crate) node: Arc<Node>,
+    pub(crate) listener: Option<std::net::TcpListener>,
+}
+
+/// Directory of a shard inside the data directory.
+pub(crate) fn dir_name(shard: usize) -> String {
+    format!("shard-{shard:03}")
+}
+
+/// Copies the secret into a snapshot.
+pub(crate) fn copy_secret(from: &Path, to: &Path) -> Result<(), String> {
+    std::fs::copy(from.join(SECRET_NAME), to.join(SECRET_NAME))
+        .map(drop)
+        .map_err(|error| format!("{SECRET_NAME}: {error}"))
+}
+
+/// Runs the shard to its end.
+pub(crate) async fn run(
+    start: ShardStart,
+    ring: Ring,
+    runtime: ShardRuntime,
+    tell: &mpsc::Sender<Told>,
+) -> Result<(), String> {
+    let ShardStart { index, node, listener } = start;
+    let disk = RingDisk::new(&ring);
+    let text = |error: annulus_engine::Error| error.to_string();
+    // Held until the thread ends: the directory is this process's.
+    let mut _lock = None;
+    if index == 0 {
+        let claimed = drive(&ring, &runtime, claim(&node, &disk, &runtime)).await.map_err(text)?;
+        let (lock, facts) = claimed?;
+        _lock = Some(lock);
+        // The main thread waits for it.
+        let _ = tell.send(Told::Facts(Box::new(facts)));
+    }
+    let (facts, mesh) = wait_for_facts(&node);
+    let identity = Identity {
+        cluster: facts.cluster,
+        node: facts.node,
+        shard: index,
+        shard_count: facts.shard_count,
+        hash_seed: facts.hash_seed,
+        partition_bits: facts.partition_bits,
+        created: facts.created,
+    };
+    let options = node.config().engine_options(facts.shard_count, facts.disk_total)?;
+    let dir = node.config().data_dir.join(dir_name(index as usize));
+    let compression = compression_of(&node);
+    let opening =
+        Shard::open(disk.clone(), runtime.clone(), &dir, &identity, options, Some(compression));
+    let shard = drive(&ring, &runtime, opening).await.map_err(text)?.map_err(text)?;
+    let budget = node.config().budget(facts.shard_count)?;
+    let limits = SocketLimits {
+        connections: (budget.connections_max / facts.shard_count).max(1) as usize,
+        ..SocketLimits::default()
+    };
+    let sockets = Sockets::new(&ring, listener, limits).map_err(text)?;
+    let (asks, inbox) = mpsc::channel();
+    node.join(index, Inbox { asks, waker: ring.waker() });
+    let map = ShardMap::new(index, facts.shard_count, facts.partition_bits);
+    let desk = Rc::new(Desk { node: Arc::clone(&node), disk });
+    let catalogue = Rc::new((*node.catalogue()).clone());
+    shard.set_dropped_namespaces(catalogue.dropped());
+    let mut pump = Pump::new(
+        shard.clone(),
+        runtime.clone(),
+        PumpOptions {
+            facts: server_facts(&node, &facts, index, map),
+            map,
+            secret: facts.secret,
+            catalogue: Rc::clone(&catalogue),
+            message_memory: usize::try_from(budget.requests_per_shard()).unwrap_or(usize::MAX),
+            desk,
+        },
+    );
+    pump.set_catalogue(catalogue);
+    pump.set_waker(runtime.waker().clone());
+    // The main thread waits for it.
+    let _ = tell.send(Told::Ready);
+    let mut served = Served {
+        pump,
+        sockets,
+        port: mesh.join(index as usize, ring.waker()),
+        inbox,
+        node: Arc::clone(&node),
+        runtime: runtime.clone(),
+        changes: 0,
+        drain_until: None,
+        next_note: Instant(0),
+    };
+    let host_options = HostOptions {
+        spin_us: u64::try_from(node.config().spin.as_micros()).unwrap_or(0),
+        slice_us: u64::try_from(node.config().slice.as_micros()).unwrap_or(200),
+    };
+    host(&ring, &runtime, host_options, |now, completions| served.turn(now, completions))
+        .await
+        .map_err(text)?;
+    drop(served);
+    let closed = drive(&ring, &runtime, shard.close()).await.map_err(text)?;
+    runtime.shut_down();
+    closed.map_err(text)
+}
+
+/// Waits, without a spin, until the main thread has said who the node is. Nothing else runs yet.
+fn wait_for_facts(node: &Node) -> (NodeFacts, Arc<Mesh<Parcel>>) {
+    loop {
+        if let (Some(facts), Some(mesh)) = (node.facts(), node.mesh()) {
+            return (facts.clone(), Arc::clone(mesh));
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// Takes the data directory: lock, identity, secret, namespaces. Makes what a new one lacks.
+async fn claim(
+    node: &Node,
+    disk: &RingDisk,
+    runtime: &ShardRuntime,
+) -> Result<(<RingDisk as Disk>::Lock, NodeFacts), String> {
+    let config = node.config();
+    let dir = &config.data_dir;
+    let text = |error: annulus_engine::Error| error.to_string();
+    disk.create_dir(dir).await.map_err(text)?;
+    let lock = disk.lock(dir).await.map_err(text)?;
+    let first = dir.join(dir_name(0));
+    let existing = match Identity::open(disk, &first, None).await {
+        Ok(identity) => Some(identity),
+        Err(error) if error.is_not_found() => None,
+        Err(error) => return Err(error.to_string()),
+    };
+    if let (Some(found), Some(wanted)) = (&existing, config.shards)
+        && found.shard_count != wanted
+    {
+        return Err(format!(
+            "{} was made with {} shards, not {wanted}: start it with --shards {}, or without \
+             --shards",
+            dir.display(),
+            found.shard_count,
+            found.shard_count
+        ));
+    }
+    let space = disk.space(dir).await.map_err(text)?;
+    let secret = secret(dir, existing.is_some())?;
+    let facts = match existing {
+        Some(found) => NodeFacts {
+            cluster: found.cluster,
+            node: found.node,
+            hash_seed: found.hash_seed,
+            partition_bits: found.partition_bits,
+            shard_count: found.shard_count,
+            created: found.created,
+            secret,
+            disk_total: space.total,
+        },
+        None => {
+            refuse_foreign(dir)?;
+            let random: [u64; 3] = random_numbers()?;
+            NodeFacts {
+                cluster: u128::from(random[0]) << 64 | u128::from(random[1]),
+                node: OriginId(1),
+                hash_seed: random[2],
+                partition_bits: config.partition_bits,
+                shard_count: config.shard_count(None),
+                created: WallMicros(runtime.wall().0),
+                secret,
+                disk_total: space.total,
+            }
+        }
+    };
+    match Catalogue::load(disk, dir).await.map_err(text)? {
+        Some(catalogue) => node.set_catalogue(catalogue),
+        None if facts_have_data(&first) => {
+            return Err(format!(
+                "{} is missing, but there is data: restore it from a snapshot",
+                dir.join(crate::namespaces::FILE_NAME).display()
+            ));
+        }
+        None => {
+            let catalogue = Catalogue::new(config.compression);
+            catalogue.save(disk, dir).await.map_err(text)?;
+            node.set_catalogue(catalogue);
+        }
+    }
+    Ok((lock, facts))
+}
+
+/// A directory without identity may hold only what a first start leaves when it is cut short.
+fn refuse_foreign(dir: &Path) -> Result<(), String> {
+    let ours = |name: &str| {
+        [SECRET_NAME, "SECRET.new", "LOCK", "NAMESPACES", "NAMESPACES.new"].contains(&name)
+            || name.starts_with("shard-")
+            || name == super::desk::SNAPSHOT_DIR
+    };
+    let entries = std::fs::read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    for entry in entries {
+        let name = entry.map_err(|error| error.to_string())?.file_name();
+        let name = name.to_string_lossy();
+        if !ours(&name) {
+            return Err(format!(
+                "{} is not empty and no data directory: it holds {name}; choose another with \
+                 --data-dir",
+                dir.display()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the first shard's directory holds more than a first start that was cut short leaves.
+fn facts_have_data(first: &Path) -> bool {
+    first.join(identity::FILE_NAME).exists()
+}
+
+/// Reads the secret, or makes it in a new directory.
+fn secret(dir: &Path, must_exist: bool) -> Result<ContextSecret, String> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = dir.join(SECRET_NAME);
+    let fail = |error: std::io::Error| format!("{}: {error}", path.display());
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let halves: [u8; 16] = bytes.try_into().map_err(|bytes: Vec<u8>| {
+                format!(
+                    "{} has {} bytes, not 16: restore it from a snapshot, or remove it, which \
+                     makes clients read again before they write with a context",
+                    path.display(),
+                    bytes.len()
+                )
+            })?;
+            let half = |at: usize| {
+                let mut bytes = [0; 8];
+                bytes.copy_from_slice(&halves[at..at + 8]);
+                u64::from_le_bytes(bytes)
+            };
+            Ok(ContextSecret([half(0), half(8)]))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            if must_exist {
+                tracing::warn!("the secret is gone: contexts given out before are refused");
+            }
+            let random: [u64; 3] = random_numbers()?;
+            let new = dir.join("SECRET.new");
+            let mut options = std::fs::OpenOptions::new();
+            options.create(true).write(true).truncate(true).mode(0o600);
+            let mut file = options.open(&new).map_err(fail)?;
+            file.write_all(&random[0].to_le_bytes()).map_err(fail)?;
+            file.write_all(&random[1].to_le_bytes()).map_err(fail)?;
+            file.sync_all().map_err(fail)?;
+            std::fs::rename(&new, &path).map_err(fail)?;
+            std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(fail)?;
+            Ok(ContextSecret([random[0], random[1]]))
+        }
+        Err(error) => Err(fail(error)),
+    }
+}
+
+/// Numbers from the system's generator.
+fn random_numbers() -> Result<[u64; 3], String> {
+    use std::io::Read as _;
+    let mut bytes = [0; 24];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .map_err(|error| format!("/dev/urandom: {error}"))?;
+    let number = |at: usize| {
+        let mut part = [0; 8];
+        part.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_le_bytes(part)
+    };
+    Ok([number(0), number(8), number(16)])
+}
+
+/// Asks the namespaces as they are now for their codec.
+fn compression_of(node: &Arc<Node>) -> annulus_engine::recover::CompressionOf {
+    let node = Arc::clone(node);
+    let default = node.config().compression;
+    let seen = std::cell::RefCell::new((0, node.catalogue()));
+    Rc::new(move |namespace: NamespaceId| -> Compression {
+        let (changes, catalogue) = &mut *seen.borrow_mut();
+        if *changes != node.changes() {
+            *changes = node.changes();
+            *catalogue = node.catalogue();
+        }
+        catalogue.get(namespace).map_or(default, |found| found.compression).into()
+    })
+}
+
+/// What clients are told, and the connections' limits.
+fn server_facts(node: &Node, facts: &NodeFacts, index: u32, map: ShardMap) -> ServerFacts {
+    let config = node.config();
+    let partitions = 1u32 << facts.partition_bits;
+    let mut runs: Vec<Run> = Vec::new();
+    for partition in 0..partitions {
+        let replica = Replica { node: facts.node, shard: map.shard_of_partition(partition) };
+        match runs.last_mut() {
+            Some(run) if run.replicas == [replica] => run.length += 1,
+            _ => runs.push(Run { length: 1, replicas: vec![replica] }),
+        }
+    }
+    let defaults = Limits::default();
+    let millis = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let value_size_max = config.value_size_max as usize;
+    let bytes_max = usize::try_from(config.connection_bytes_max).unwrap_or(usize::MAX);
+    ServerFacts {
+        welcome: Welcome {
+            version: hello::VERSION,
+            partition_bits: u8::try_from(facts.partition_bits).expect("at most 16"),
+            shard_count: facts.shard_count,
+            shard: index,
+            node: facts.node,
+            features: 0,
+            cluster: facts.cluster,
+            hash_seed: facts.hash_seed,
+            map_version: 1,
+            wall_us: 0,
+            limits: Limits {
+                value_size_max: config.value_size_max,
+                message_size_max: defaults.message_size_max.max(config.value_size_max),
+                in_flight_max: config.connection_requests_max,
+                in_flight_bytes_max: u32::try_from(bytes_max).unwrap_or(u32::MAX),
+                ..defaults
+            },
+            runs,
+            nodes: vec![hello::Node {
+                id: facts.node,
+                shard_count: facts.shard_count,
+                address: node.client_address(),
+            }],
+            namespaces: Vec::new(),
+        },
+        options: ConnectionOptions {
+            hello_timeout_ms: millis(config.connection_timeout),
+            frame_timeout_ms: millis(config.connection_timeout),
+            default_deadline_ms: millis(config.request_timeout),
+            long_reply_bytes_max: LONG_BYTES_MIN.max(4 * value_size_max),
+            long_request_bytes_max: bytes_max.max(2 * value_size_max),
+            ..ConnectionOptions::default()
+        },
+    }
+}
+
+/// The sockets, as the pump sees them.
+struct SocketWires<'a>(&'a mut Connections);
+
+fn id_of(connection: ConnectionKey) -> ConnId {
+    ConnId::from_bits(connection.0)
+}
+
+fn key_of(id: ConnId) -> ConnectionKey {
+    ConnectionKey(id.to_bits())
+}
+
+impl Wires for SocketWires<'_> {
+    fn out(&mut self, connection: ConnectionKey) -> Option<&mut Vec<u8>> {
+        self.0.out(id_of(connection))
+    }
+
+    fn unsent(&self, connection: ConnectionKey) -> usize {
+        self.0.unsent(id_of(connection))
+    }
+
+    fn resume(&mut self, connection: ConnectionKey) {
+        self.0.resume(id_of(connection));
+    }
+
+    fn close(&mut self, connection: ConnectionKey) {
+        self.0.close(id_of(connection));
+    }
+}
+
+/// The mesh, as the pump sees it.
+struct MeshPeers<'a>(&'a MeshPort<Parcel>);
+
+impl Peers for MeshPeers<'_> {
+    fn send(&mut self, shard: u32, message: Message) -> Result<(), Message> {
+        self.0.send(shard as usize, Parcel::Message(message)).map_err(|parcel| match parcel {
+            Parcel::Message(message) => message,
+            Parcel::Connection(_) => unreachable!("a message was sent"),
+        })
+    }
+}
+
+/// A shard that serves.
+struct Served {
+    pump: Pump<RingDisk, ShardRuntime>,
+    sockets: Sockets,
+    port: MeshPort<Parcel>,
+    inbox: mpsc::Receiver<Ask>,
+    node: Arc<Node>,
+    runtime: ShardRuntime,
+    /// The node's changes as last seen.
+    changes: u64,
+    drain_until: Option<Instant>,
+    next_note: Instant,
+}
+
+impl Served {
+    fn turn(&mut self, now: Instant, completions: &[annulus_engine::driver::Completion]) -> Turn {
+        self.pump.tick(now);
+        if self.node.changes() != self.changes {
+            self.look_at_changes(now);
+        }
+        let (pump, port) = (&mut self.pump, &self.port);
+        let mut worked = self.sockets.turn(now, completions, |connections, event| {
+            handle(pump, port, connections, event);
+        });
+        let connections = self.sockets.connections();
+        worked |= port.drain(|_, parcel| match parcel {
+            Parcel::Message(message) => pump.message(message, &mut SocketWires(connections)),
+            Parcel::Connection(detached) => {
+                // At the limit the socket is dropped, which closes it.
+                if let Ok(id) = connections.adopt(detached) {
+                    pump.accepted(key_of(id));
+                }
+            }
+        }) > 0;
+        worked |= pump.turn(&mut SocketWires(connections), &mut MeshPeers(port));
+        connections.flush();
+        if now >= self.next_note {
+            self.next_note = now.after_nanos(NOTE_NANOS);
+            let stats = self.pump.shard().stats();
+            self.node.note_disk(stats.disk_free_bytes, disk_level(stats.space_level));
+        }
+        match self.drain_until {
+            Some(until) if now >= until || self.pump.is_idle() => Turn::Stop,
+            _ if worked => Turn::Busy,
+            _ => Turn::Idle,
+        }
+    }
+
+    /// Something about the node has changed: namespaces, state, or questions have come.
+    fn look_at_changes(&mut self, now: Instant) {
+        self.changes = self.node.changes();
+        let catalogue = self.node.catalogue();
+        self.pump.shard().set_dropped_namespaces(catalogue.dropped());
+        self.pump.set_catalogue(Rc::new((*catalogue).clone()));
+        while let Ok(ask) = self.inbox.try_recv() {
+            match ask {
+                Ask::Snapshot(reply) => {
+                    // The asker may have given up.
+                    let _ = reply.unbounded_send(self.pump.snapshot());
+                }
+                Ask::Files(dir, reply) => self.snapshot_files(dir, reply),
+            }
+        }
+        if self.node.state() == State::Draining && self.drain_until.is_none() {
+            let nanos = u64::try_from(self.node.config().drain_timeout.as_nanos());
+            let until = now.after_nanos(nanos.unwrap_or(u64::MAX));
+            self.drain_until = Some(until);
+            self.sockets.stop_accepting();
+            self.pump.drain(&mut SocketWires(self.sockets.connections()));
+            // The loop must come round at the latest when the time is up.
+            let sleep = self.runtime.sleep_until(until);
+            self.runtime.spawn(annulus_engine::runtime::Class::Foreground, sleep);
+        }
+    }
+
+    fn snapshot_files(
+        &self,
+        dir: PathBuf,
+        reply: futures_channel::oneshot::Sender<Result<(), String>>,
+    ) {
+        let shard = self.pump.shard().clone();
+        self.runtime.spawn(annulus_engine::runtime::Class::Foreground, async move {
+            let made = shard.snapshot(&dir).await.map_err(|error| error.to_string());
+            // The asker may have given up.
+            let _ = reply.send(made);
+        });
+    }
+}
+
+fn handle(
+    pump: &mut Pump<RingDisk, ShardRuntime>,
+    port: &MeshPort<Parcel>,
+    connections: &mut Connections,
+    event: Event<'_>,
+) {
+    match event {
+        Event::Opened(id) => pump.accepted(key_of(id)),
+        Event::Received(id, bytes) => {
+            let unsent = connections.unsent(id);
+            let Some(out) = connections.out(id) else { return };
+            match pump.received(key_of(id), bytes, out, unsent) {
+                Verdict::Keep => {}
+                Verdict::Pause => connections.pause(id),
+                Verdict::Close => connections.close(id),
+                Verdict::HandOver { shard, bytes } => {
+                    pump.closed(key_of(id));
+                    pump.note_target(key_of(id), shard);
+                    connections.detach(id, &bytes);
+                }
+            }
+        }
+        // The pump asks for what is unsent by itself.
+        Event::Drained(_) => {}
+        Event::Closed(id, _) => pump.closed(key_of(id)),
+        Event::Detached(id, detached) => {
+            if let Some(shard) = pump.take_target(key_of(id)) {
+                // A full mesh drops the socket, which closes it; the client connects again.
+                let _ = port.send(shard as usize, Parcel::Connection(detached));
+            }
+        }
+    }
+}

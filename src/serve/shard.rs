@@ -383,11 +383,11 @@ fn server_facts(node: &Node, facts: &NodeFacts, index: u32, map: ShardMap) -> Se
 struct SocketWires<'a>(&'a mut Connections);
 
 fn id_of(connection: ConnectionKey) -> ConnId {
-    ConnId::from_bits(connection.0)
+    ConnId::from_key(connection.0)
 }
 
 fn key_of(id: ConnId) -> ConnectionKey {
-    ConnectionKey(id.to_bits())
+    ConnectionKey(id.key())
 }
 
 impl Wires for SocketWires<'_> {
@@ -464,7 +464,7 @@ impl Served {
         match self.drain_until {
             Some(until) if now >= until || self.pump.is_idle() => Turn::Stop,
             _ if worked => Turn::Busy,
-            _ => Turn::Idle,
+            _ => self.pump.next_timeout().map_or(Turn::Idle, Turn::IdleUntil),
         }
     }
 

@@ -52,8 +52,10 @@ use writes::WriteQueue;
 
 /// Most tasks (disk reads, conditional writes, scans) of one shard at a time.
 const TASKS_MAX: usize = 4096;
-/// How often deadlines and time-outs are looked at, in nanoseconds.
+/// How often deadlines of requests are looked at, in nanoseconds.
 const SWEEP_NANOS: u64 = 5_000_000;
+/// How often time-outs of connections are looked at, in nanoseconds.
+const SESSION_SWEEP_NANOS: u64 = 500_000_000;
 /// A batch's results stop growing here: later reads of it answer BUSY.
 const BATCH_RESULT_BYTES_MAX: usize = 8 << 20;
 
@@ -161,6 +163,7 @@ pub struct Pump<D: Disk, R: Runtime> {
     now: Instant,
     wall: WallMicros,
     next_sweep: Instant,
+    next_session_sweep: Instant,
     draining: bool,
 }
 
@@ -215,6 +218,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             now,
             wall,
             next_sweep: now,
+            next_session_sweep: now,
             draining: false,
         }
     }
@@ -357,7 +361,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         if self.now >= self.next_sweep {
             self.next_sweep = self.now.after_nanos(SWEEP_NANOS);
-            worked |= self.sweep(wires);
+            worked |= self.expire_writes(wires) | self.expire_forwarded(wires);
+        }
+        if self.now >= self.next_session_sweep {
+            self.next_session_sweep = self.now.after_nanos(SESSION_SWEEP_NANOS);
+            worked |= self.sweep_sessions(wires);
         }
         self.send_messages(wires, peers) | worked
     }
@@ -366,7 +374,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     #[must_use]
     pub fn next_timeout(&self) -> Option<Instant> {
         let waits = !self.writes.is_empty() || !self.tasks.is_empty() || !self.forwarded.is_empty();
-        (waits || !self.sessions.is_empty()).then_some(self.next_sweep)
+        if waits {
+            return Some(self.next_sweep);
+        }
+        (!self.sessions.is_empty()).then_some(self.next_session_sweep)
     }
 
     /// New requests are refused from now on; those in flight are finished.
@@ -493,9 +504,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    /// Deadlines of writes and handed-over requests, and the connections' own time-outs.
-    fn sweep(&mut self, wires: &mut dyn Wires) -> bool {
-        let mut worked = self.expire_writes(wires) | self.expire_forwarded(wires);
+    /// The connections' own time-outs.
+    fn sweep_sessions(&mut self, wires: &mut dyn Wires) -> bool {
+        let mut worked = false;
         let mut ending = Vec::new();
         for (connection, session) in self.sessions.iter_mut() {
             if session.wire.next_timeout(&self.facts).is_none_or(|when| when > self.now) {

@@ -132,7 +132,7 @@ fn a_reply_larger_than_all_socket_buffers_arrives_whole() {
     drop(stream);
     let stats = server.stop();
     assert_eq!(stats.sent_bytes, 40 << 20);
-    assert!(stats.buffer_bytes <= 256 * 64 << 10, "a burst's buffers are given back");
+    assert!(stats.buffer_bytes <= 256 * (64 << 10), "a burst's buffers are given back");
 }
 
 #[test]

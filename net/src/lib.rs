@@ -12,3 +12,8 @@ pub mod client_connection;
 pub mod driver;
 pub mod server_connection;
 pub mod wire;
+
+/// The examples of `net/README.md` compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct ReadmeExamples;

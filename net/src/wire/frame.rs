@@ -293,6 +293,17 @@ mod tests {
     }
 
     #[test]
+    fn the_checksum_is_the_one_that_the_readme_names() {
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c::crc32c(b""), 0);
+        // By hand: the position stands where the checksum goes.
+        let bytes = header().encode(0x1_0000_0007);
+        let mut by_hand = bytes;
+        by_hand[20..].copy_from_slice(&7u32.to_le_bytes());
+        assert_eq!(bytes[20..], crc32c::crc32c(&by_hand).to_le_bytes());
+    }
+
+    #[test]
     fn every_opcode_reads_back() {
         for byte in 0..=u8::MAX {
             if let Some(opcode) = Opcode::from_u8(byte) {

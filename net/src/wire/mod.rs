@@ -22,3 +22,6 @@ pub use frame::{FrameHeader, Opcode};
 pub use operation::{Delete, Get, Operation, Put, WriteOptions};
 pub use request::{DecodeContext, Request};
 pub use status::{Class, Status};
+
+#[cfg(test)]
+mod tests;

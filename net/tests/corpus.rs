@@ -67,7 +67,7 @@ fn good_bodies() -> Vec<(&'static str, u8, Vec<u8>)> {
 
 /// A frame as the `server` and `client` targets take it.
 fn frame(opcode: u8, flags: u8, id: u8, body: &[u8]) -> Vec<u8> {
-    let size = u16::try_from(body.len()).unwrap().to_le_bytes();
+    let size = u16::try_from(body.len()).expect("seeds are small").to_le_bytes();
     [&[opcode, flags, id, 0, size[0], size[1]], body].concat()
 }
 

@@ -216,13 +216,13 @@ fn conversation() -> BTreeMap<String, (u64, Vec<u8>)> {
         .receive(Instant(0), &bytes, &facts, &mut out, &mut |replies, arrival, request| {
             serve(replies, arrival.ticket, request);
         })
-        .unwrap();
+        .expect("a good conversation");
     server.drain(&mut out);
 
     let mut frames = BTreeMap::new();
     for (suffix, stream) in [("request", &bytes), ("reply", &out)] {
         let (mut decoder, mut input, mut position) = (FrameDecoder::new(), &stream[..], 0);
-        while let Some(frame) = decoder.next(&mut input).unwrap() {
+        while let Some(frame) = decoder.next(&mut input).expect("frames of our own") {
             let is_close = frame.header.opcode == Opcode::Close.reply();
             let name = if is_close { "close" } else { names[frame.header.request_id as usize] };
             // Of a long message only the beginning of its first slice is shown.
@@ -245,7 +245,8 @@ fn dump(position: u64, bytes: &[u8]) -> String {
             .iter()
             .map(|&byte| if (32..127).contains(&byte) { char::from(byte) } else { '.' })
             .collect();
-        writeln!(text, "{:06x}  {:<47}  |{plain}|", position + 16 * line, hex.join(" ")).unwrap();
+        writeln!(text, "{:06x}  {:<47}  |{plain}|", position + 16 * line, hex.join(" "))
+            .expect("a string takes everything");
     }
     text
 }

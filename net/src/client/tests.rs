@@ -22,11 +22,13 @@ use crate::wire::hello::NamespaceFact;
 use crate::wire::request::Request;
 use crate::wire::response::{BatchResults, Failure, Page, ReadFacts, ValueRef, WriteFacts};
 
+/// Values by `(token, key)`; more than one are siblings.
+type Values = BTreeMap<(Token, Vec<u8>), Vec<Vec<u8>>>;
+
 /// What the connections of one fake server share.
 #[derive(Default)]
 struct Store {
-    /// Values by `(token, key)`; more than one are siblings.
-    values: Mutex<BTreeMap<(Token, Vec<u8>), Vec<Vec<u8>>>>,
+    values: Mutex<Values>,
     /// Shard that served a key last.
     served_by: Mutex<BTreeMap<Vec<u8>, u32>>,
     requests: AtomicU64,

@@ -310,6 +310,9 @@ impl<'a> Raw<'a> {
         if key_size > limits::KEY_SIZE_MAX {
             return Err(Refusal::too_big("key", limits::KEY_SIZE_MAX as u64));
         }
+        if key_size < 8 && flags.has(OperationFlags::HASHED) {
+            return Err(Refusal::bad("hashed key is shorter than 8 bytes"));
+        }
         let mut raw = Raw {
             verb,
             namespace,
@@ -382,7 +385,7 @@ impl<'a> Raw<'a> {
     #[inline]
     fn operation(self, decode: &DecodeContext) -> Result<Operation<'a>, Refusal> {
         let token = if self.flags.has(OperationFlags::HASHED) {
-            Token::of_hashed_key(self.key).ok_or(Malformed("hashed key is shorter than 8 bytes"))?
+            Token::of_hashed_key(self.key).ok_or(Malformed("hashed key is too short"))?
         } else {
             Token::of_key(self.key, decode.hash_seed)
         };

@@ -372,6 +372,16 @@ fn a_batch_that_lies_about_its_count_is_refused() {
     }
 }
 
+/// The fuzzer found that the check of a batch let such a key pass, which then had no token: the
+/// batch had fewer operations than its count, and would never have been answered.
+#[test]
+fn a_batch_with_a_hashed_key_that_is_too_short_is_refused() {
+    let hashed = get_of(b"1234567", OperationFlags::HASHED);
+    let operations = [get_of(b"k", OperationFlags::default()), hashed];
+    let request = Outgoing::Batch(&operations);
+    assert_eq!(status_of(decode(&request, &encoded(&request)).map(drop)), Status::BAD_REQUEST);
+}
+
 #[test]
 fn every_flag_is_known_for_the_verb_or_refused() {
     let key = b"12345678";

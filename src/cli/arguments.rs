@@ -29,6 +29,13 @@ pub(crate) struct Arguments {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Run one node. Every option is also a variable and a key of the configuration file.
+    #[cfg(feature = "uring")]
+    #[command(after_help = "Examples:\n  annulus serve\n  annulus serve --data-dir /srv/annulus \
+        --memory 8GiB --cores 2-7\n  annulus serve --config /etc/annulus.toml\n  ANNULUS_SPIN=0s \
+        annulus serve\n\nPrints one line when it serves:\n  annulus ready client=... peer=... \
+        admin=... shards=N data=...")]
+    Serve(Box<ServeArguments>),
     /// Look at the host: what is there, what is in the way, what to choose.
     #[command(after_help = "Example:\n  annulus doctor --data-dir /srv/annulus\n\nExits 0 when a \
         node can serve here.")]
@@ -105,6 +112,15 @@ pub(crate) struct InNamespace {
     /// Namespace of the keys.
     #[arg(long, env = "ANNULUS_NS", value_name = "NAME", default_value = "default")]
     pub(crate) ns: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArguments {
+    /// Configuration file (TOML); its keys are the names of the options below.
+    #[arg(long, env = "ANNULUS_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) flags: Flags,
 }
 
 #[derive(Debug, Args)]

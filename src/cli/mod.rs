@@ -14,6 +14,8 @@ mod lines;
 mod namespace;
 mod output;
 mod remote;
+#[cfg(feature = "uring")]
+mod serve;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -96,6 +98,8 @@ pub fn run(line: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn dispatch(command: Command) -> Outcome {
     match command {
+        #[cfg(feature = "uring")]
+        Command::Serve(arguments) => serve::run(*arguments),
         Command::Doctor(arguments) => doctor::run(*arguments),
         Command::Put(arguments) => data::put(arguments),
         Command::Get(arguments) => data::get(arguments),

@@ -716,6 +716,19 @@ mod tests {
     }
 
     #[test]
+    fn every_option_has_a_page() {
+        let notes = Path::new(env!("CARGO_MANIFEST_DIR")).join("tuning/notes");
+        let index = std::fs::read_to_string(notes.join("README.md")).unwrap();
+        for name in Flags::NAMES {
+            let option = format!("`{}`", name.replace('_', "-"));
+            let row = index.lines().find(|line| line.contains(&option)).expect(&option);
+            let page = row.split(['(', ')']).nth(1).unwrap();
+            let text = std::fs::read_to_string(notes.join(page)).unwrap();
+            assert!(text.contains(&option), "{page} does not speak of {option}");
+        }
+    }
+
+    #[test]
     fn the_file_refuses_names_it_does_not_know_and_says_where() {
         let error = Flags::from_toml("memory = \"1GiB\"\nmemroy = \"2GiB\"\n").unwrap_err();
         assert!(error.contains("memroy") && error.contains("line 2"), "{error}");

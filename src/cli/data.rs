@@ -166,13 +166,12 @@ fn written(result: Result<Written, Error>, json: bool) -> Outcome {
     Ok(Exit::Success)
 }
 
-/// A trace goes to stderr: one step a line where it is a list of steps.
+/// A trace goes to stderr: one step a line.
 fn complain_trace(trace: &str) {
-    match serde_json::from_str::<Value>(trace) {
-        Ok(Value::Array(steps)) => {
-            steps.iter().for_each(|step| complain(&format!("trace: {step}")))
-        }
-        _ => complain(&format!("trace: {trace}")),
+    let document: Value = serde_json::from_str(trace).unwrap_or_default();
+    match document["steps"].as_array() {
+        Some(steps) => steps.iter().for_each(|step| complain(&format!("trace: {step}"))),
+        None => complain(&format!("trace: {trace}")),
     }
 }
 

@@ -117,10 +117,12 @@ impl Import {
             match Line::parse(&bytes, self.format).and_then(|line| line.map(check).transpose()) {
                 Ok(None) => {}
                 Ok(Some(line)) => self.write(number, line),
-                Err(error) if self.strict => {
-                    return Err(Failure::usage(format!("line {number}: {error}")));
+                Err(error) => {
+                    self.tally.fail(number, Exit::Usage, &error);
+                    if self.strict {
+                        return Err(Failure::usage("stopped at the first bad line (--strict)"));
+                    }
                 }
-                Err(error) => self.tally.fail(number, Exit::Usage, &error),
             }
             if self.tally.exits.contains(&Exit::Unreachable) {
                 return Err(Failure::new(Exit::Unreachable, "the server is gone"));

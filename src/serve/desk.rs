@@ -131,7 +131,7 @@ impl Desk {
         let compression = self.node.config().compression;
         let outcome = apply_to_namespaces(command, &catalogue, compression)
             .ok_or_else(|| failed("not a namespace command"))?
-            .map_err(|refusal| failed(&refusal))?;
+            .map_err(|refusal| (refusal.status(), refusal.to_string()))?;
         if let Some(changed) = outcome.changed {
             changed.save(&self.disk, &self.node.config().data_dir).await.map_err(failed)?;
             self.node.set_catalogue(changed);

@@ -101,6 +101,12 @@ impl Model {
         &self.writes
     }
 
+    /// The writes of one key, in order.
+    pub fn writes_of(&self, key: &KeyName) -> impl Iterator<Item = &Write> {
+        let indices = self.by_key.get(key).map(Vec::as_slice).unwrap_or_default();
+        indices.iter().map(|index| &self.writes[*index])
+    }
+
     /// All keys ever written.
     pub fn keys(&self) -> impl Iterator<Item = &KeyName> {
         self.by_key.keys()
@@ -281,6 +287,11 @@ impl SiblingModel {
     #[must_use]
     pub fn context(&self) -> BTreeSet<EventId> {
         self.events.keys().copied().collect()
+    }
+
+    /// A crash took the events from this one on.
+    pub fn forget_from(&mut self, first: EventId) {
+        self.events.retain(|id, _| *id < first);
     }
 
     /// Another replica's events arrive.

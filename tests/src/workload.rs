@@ -29,14 +29,22 @@ pub enum Operation {
     },
     /// Delete a key, whether it is there or not.
     Delete(KeyName),
-    /// A put that carries an old stamp, as a late replica's does.
-    PutLate {
+    /// A put that is to happen only if the key has no value.
+    PutIfAbsent {
         /// To which key.
         key: KeyName,
         /// The value.
         value: Vec<u8>,
-        /// How far back the stamp lies, in writes.
-        back: u64,
+    },
+    /// A put that is to happen only if the key has the version that it had this many of its own
+    /// writes ago; 0 is the present one.
+    PutIfVersion {
+        /// To which key.
+        key: KeyName,
+        /// The value.
+        value: Vec<u8>,
+        /// How old the version is that the writer knows.
+        back: usize,
     },
     /// Read everything in token order, in pages.
     Scan,
@@ -59,9 +67,9 @@ pub struct Mix {
     pub value_size_max: usize,
     /// Largest rare value, in bytes.
     pub large_value: usize,
-    /// How often each kind of operation comes: get, put, delete, late put, scan, flush,
-    /// compact, wait, reopen.
-    pub weights: [u64; 9],
+    /// How often each kind of operation comes: get, put, delete, put if absent, put if version,
+    /// scan, flush, compact, wait, reopen.
+    pub weights: [u64; 10],
     /// One put in so many has a time to live; 0 for none.
     pub ttl_one_in: u64,
 }
@@ -72,7 +80,7 @@ impl Default for Mix {
             key_count: 80,
             value_size_max: 300,
             large_value: 20_000,
-            weights: [30, 40, 10, 4, 1, 2, 1, 3, 1],
+            weights: [30, 40, 10, 4, 4, 1, 2, 1, 3, 1],
             ttl_one_in: 5,
         }
     }
@@ -86,7 +94,7 @@ impl Mix {
             key_count: 40,
             value_size_max: 200,
             large_value: 6_000,
-            weights: [0, 60, 15, 3, 0, 3, 1, 0, 0],
+            weights: [0, 60, 15, 2, 2, 0, 3, 1, 0, 0],
             ttl_one_in: 0,
         }
     }
@@ -162,12 +170,17 @@ impl Iterator for Workload {
             2 => Operation::Delete(self.key()),
             3 => {
                 let (key, value) = (self.key(), self.value());
-                Operation::PutLate { key, value, back: self.chance.between(1, 40) }
+                Operation::PutIfAbsent { key, value }
             }
-            4 => Operation::Scan,
-            5 => Operation::Flush,
-            6 => Operation::Compact,
-            7 => Operation::Wait(self.chance.between(1, 2_000)),
+            4 => {
+                let (key, value) = (self.key(), self.value());
+                let back = if self.chance.one_in(3) { 1 } else { 0 };
+                Operation::PutIfVersion { key, value, back }
+            }
+            5 => Operation::Scan,
+            6 => Operation::Flush,
+            7 => Operation::Compact,
+            8 => Operation::Wait(self.chance.between(1, 2_000)),
             _ => Operation::Reopen,
         })
     }
@@ -189,6 +202,9 @@ fn draw_key(chance: &mut Chance, number: usize) -> KeyName {
     (namespace, name)
 }
 
+/// The namespace whose keys have siblings; in the others the last write wins.
+pub const SIBLINGS: NamespaceId = NamespaceId(3);
+
 /// The token of a key in these tests: its hash, except that twins all have one token.
 #[must_use]
 pub fn token_of(key: &KeyName) -> Token {
@@ -209,7 +225,7 @@ mod tests {
         assert_ne!(operations, take(5));
         let kinds: BTreeSet<_> =
             operations.iter().map(|op| format!("{:?}", std::mem::discriminant(op))).collect();
-        assert_eq!(kinds.len(), 9);
+        assert_eq!(kinds.len(), 10);
     }
 
     #[test]

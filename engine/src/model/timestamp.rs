@@ -117,7 +117,9 @@ impl HybridClock {
     /// Takes note of another clock's stamp, so that the next reading is above it.
     ///
     /// # Errors
-    /// [`ClockSkew`] when the stamp is more than `limit_us` ahead of `now`; it is not merged.
+    /// [`ClockSkew`] when the stamp is above all of this clock's and more than `limit_us` ahead of
+    /// `now`; it is not merged. A stamp that this clock has passed is never too far ahead: after
+    /// a restart the clock itself runs ahead of the wall for a while.
     pub fn observe(
         &mut self,
         seen: Timestamp,
@@ -125,7 +127,7 @@ impl HybridClock {
         limit_us: u64,
     ) -> Result<(), ClockSkew> {
         let ahead_us = seen.wall().0.saturating_sub(now.0);
-        if ahead_us > limit_us {
+        if seen > self.last && ahead_us > limit_us {
             return Err(ClockSkew { ahead_us, limit_us });
         }
         self.last = self.last.max(seen);
@@ -168,6 +170,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_clock_that_restarted_ahead_of_the_wall_accepts_its_own_stamps() {
+        // A client that read and wrote back within two seconds of a restart was refused.
+        let mut clock = HybridClock::starting_above(Timestamp::new(WallMicros(5_000_000), 0));
+        let own = clock.tick(WallMicros(3_000_000));
+        assert_eq!(clock.observe(own, WallMicros(3_000_000), 500_000), Ok(()));
+        let foreign = Timestamp(own.0 + 1);
+        assert!(clock.observe(foreign, WallMicros(3_000_000), 500_000).is_err());
     }
 
     #[test]

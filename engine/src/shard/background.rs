@@ -128,6 +128,11 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     async fn flush_oldest(&self) -> Result<()> {
         let state = &*self.state;
         let Some(sealed) = state.memory.borrow().oldest_sealed() else { return Ok(()) };
+        // Once the flush is committed, replay begins behind the memtable: the log must hold the
+        // ceiling again there before that.
+        let ceiling: Control = state.versions.borrow().ceiling();
+        let lsn = state.log.append_control(ceiling)?;
+        state.log.wait_durable(lsn).await?;
         let options = FlushOptions {
             table: state.upper_tables.clone(),
             table_size: state.options.compaction.table_size,
@@ -149,10 +154,6 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             stats.flushes += 1;
             stats.flushed_bytes += bytes;
         }
-        // The log must not forget the ceiling before it holds it again.
-        let ceiling: Control = state.versions.borrow().ceiling();
-        let lsn = state.log.append_control(ceiling)?;
-        state.log.wait_visible(lsn).await?;
         state.log.release(sealed.last);
         self.update_pressure();
         Ok(())

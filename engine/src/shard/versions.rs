@@ -12,6 +12,8 @@ use crate::model::{PartitionId, Timestamp, Token, WallMicros};
 
 /// How far ahead of use stamps are reserved, in microseconds.
 const STAMP_RESERVE_US: u64 = 2_000_000;
+/// How far ahead of a stamp that runs ahead of the wall clock, in microseconds.
+const STAMP_RESERVE_MIN_US: u64 = 10_000;
 /// How many sequences are reserved at a time.
 const SEQUENCE_RESERVE: u64 = 1 << 20;
 
@@ -48,21 +50,36 @@ impl Versions {
         self.sequences[partition.0 as usize]
     }
 
-    /// The control record that must precede a write with this stamp and sequence, if any.
+    /// The control record that must precede a write with this stamp and sequence, if any; once
+    /// the log has taken it, [`Versions::reserved`] must be told.
     pub(crate) fn ceiling_to_reserve(
-        &mut self,
+        &self,
         stamp: Timestamp,
         sequence: u64,
+        wall: WallMicros,
     ) -> Option<Control> {
         if stamp <= self.ceiling_stamp && sequence <= self.ceiling_sequence {
             return None;
         }
-        let wall = WallMicros(stamp.wall().0 + STAMP_RESERVE_US);
-        self.ceiling_stamp = Timestamp::new(wall, 0);
-        if sequence > self.ceiling_sequence {
-            self.ceiling_sequence = sequence + SEQUENCE_RESERVE;
+        // Ahead of the wall clock, not of the stamp: each restart begins at the last ceiling, and
+        // a shard that restarts again and again must not run further and further ahead.
+        let ahead = wall.0 + STAMP_RESERVE_US;
+        let least = stamp.wall().0 + STAMP_RESERVE_MIN_US;
+        let timestamp = Timestamp::new(WallMicros(ahead.max(least)), 0).max(self.ceiling_stamp);
+        let sequence = if sequence > self.ceiling_sequence {
+            sequence + SEQUENCE_RESERVE
+        } else {
+            self.ceiling_sequence
+        };
+        Some(Control::Ceiling { timestamp, sequence })
+    }
+
+    /// The log holds this ceiling now.
+    pub(crate) fn reserved(&mut self, ceiling: Control) {
+        if let Control::Ceiling { timestamp, sequence } = ceiling {
+            self.ceiling_stamp = timestamp;
+            self.ceiling_sequence = sequence;
         }
-        Some(self.ceiling())
     }
 
     /// The ceiling in force, to be written again before the log forgets the record that set it.
@@ -119,18 +136,36 @@ mod tests {
         let mut versions = Versions::starting_above(Timestamp::ZERO, 0, 4);
         let stamp = versions.clock.tick(WallMicros(1000));
         let sequence = versions.next_sequence(PartitionId(3));
-        let ceiling = versions.ceiling_to_reserve(stamp, sequence).expect("the first write");
+        let ceiling = versions
+            .ceiling_to_reserve(stamp, sequence, WallMicros(1000))
+            .expect("the first write");
         let Control::Ceiling { timestamp, sequence: reserved } = ceiling else {
             panic!("a ceiling, not {ceiling:?}");
         };
         assert!(timestamp > stamp && reserved > sequence);
+        versions.reserved(ceiling);
         let stamp = versions.clock.tick(WallMicros(1001));
         let sequence = versions.next_sequence(PartitionId(3));
-        assert_eq!(versions.ceiling_to_reserve(stamp, sequence), None);
+        assert_eq!(versions.ceiling_to_reserve(stamp, sequence, WallMicros(1001)), None);
 
         let mut restarted = Versions::starting_above(timestamp, reserved, 4);
         assert!(restarted.clock.tick(WallMicros(0)) > timestamp);
         assert_eq!(restarted.next_sequence(PartitionId(5)), reserved + 1);
+    }
+
+    #[test]
+    fn restarts_in_a_row_do_not_drive_the_clock_ahead() {
+        let (mut floor, mut sequence) = (Timestamp::ZERO, 0);
+        let wall = WallMicros(7_000_000);
+        for _ in 0..20 {
+            let mut versions = Versions::starting_above(floor, sequence, 4);
+            let stamp = versions.clock.tick(wall);
+            let next = versions.next_sequence(PartitionId(0));
+            let ceiling = versions.ceiling_to_reserve(stamp, next, wall).expect("a new life");
+            versions.reserved(ceiling);
+            (floor, sequence) = (versions.ceiling_stamp, versions.ceiling_sequence);
+        }
+        assert!(floor.wall().0 <= wall.0 + STAMP_RESERVE_US + 20 * STAMP_RESERVE_MIN_US);
     }
 
     #[test]

@@ -257,8 +257,9 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let timestamp = versions.clock.tick(wall);
         let partition = mutation.token.partition(self.state.identity.partition_bits);
         let sequence = versions.next_sequence(partition);
-        if let Some(ceiling) = versions.ceiling_to_reserve(timestamp, sequence) {
+        if let Some(ceiling) = versions.ceiling_to_reserve(timestamp, sequence, wall) {
             self.state.log.append_control(ceiling)?;
+            versions.reserved(ceiling);
         }
         Ok((timestamp, Dot { origin: self.state.identity.node, sequence }))
     }

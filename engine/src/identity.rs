@@ -355,3 +355,170 @@ async fn write_copy<F: File>(
     buf.resize(COPY_SIZE);
     file.write_at(offset, buf, WriteMode::Durable).await.1
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::{SimDisk, SimDiskOptions, SimExecutor};
+
+    fn identity() -> Identity {
+        Identity {
+            cluster: 0x0011_2233_4455_6677_8899_AABB_CCDD_EEFF,
+            node: OriginId(5),
+            shard: 1,
+            shard_count: 2,
+            hash_seed: 0xFEED,
+            partition_bits: 8,
+            created: WallMicros(77),
+        }
+    }
+
+    fn dir() -> PathBuf {
+        PathBuf::from("data/shard-001")
+    }
+
+    fn path() -> PathBuf {
+        dir().join(FILE_NAME)
+    }
+
+    fn world(seed: u64) -> (SimExecutor, SimDisk) {
+        let executor = SimExecutor::new(seed);
+        let disk = SimDisk::new(&executor.runtime(), SimDiskOptions::seeded(seed));
+        disk.write_file(Path::new("data/LOCK"), b"");
+        (executor, disk)
+    }
+
+    fn made(seed: u64) -> (SimExecutor, SimDisk) {
+        let (executor, disk) = world(seed);
+        executor.run(Identity::create(&disk, &dir(), &identity())).unwrap();
+        (executor, disk)
+    }
+
+    fn open(executor: &SimExecutor, disk: &SimDisk) -> Result<Identity> {
+        executor.run(Identity::open(disk, &dir(), Some(&identity())))
+    }
+
+    #[test]
+    fn what_was_made_is_opened_also_after_a_power_cut() {
+        let (executor, disk) = made(1);
+        let disk = disk.crash(1);
+        assert_eq!(open(&executor, &disk).unwrap(), identity());
+    }
+
+    #[test]
+    fn a_power_cut_while_it_is_made_leaves_it_whole_or_absent() {
+        for number in 1..20 {
+            for seed in 0..10 {
+                let (executor, disk) = world(seed);
+                disk.cut_power_at(number);
+                let _ = executor.try_run(Identity::create(&disk, &dir(), &identity()));
+                executor.kill_tasks();
+                let disk = disk.crash(seed);
+                let (dir, wanted) = (dir(), identity());
+                let again = executor.run(Identity::open_or_create(&disk, &dir, &wanted));
+                assert_eq!(again.unwrap(), wanted, "at {number}, seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn any_damaged_byte_of_one_copy_is_mended_from_the_other() {
+        let (executor, disk) = made(2);
+        let whole = disk.read_file(&path()).unwrap();
+        for byte in (0..80).chain(4096..4176) {
+            disk.flip_bit(&path(), byte * 8 + byte % 8);
+            match open(&executor, &disk) {
+                Ok(found) => {
+                    assert_eq!(found, identity());
+                    assert_eq!(disk.read_file(&path()).unwrap(), whole, "byte {byte}");
+                }
+                Err(Error::Mismatch { what, .. }) => {
+                    assert!((8..12).contains(&(byte % 4096)) && what.contains("version"));
+                    disk.overwrite(&path(), 0, &whole);
+                }
+                Err(other) => panic!("byte {byte}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn two_damaged_copies_are_refused_and_never_made_anew() {
+        let (executor, disk) = made(3);
+        disk.flip_bit(&path(), 40 * 8);
+        disk.flip_bit(&path(), (4096 + 30) * 8);
+        let error = open(&executor, &disk).unwrap_err();
+        assert!(matches!(&error, Error::Corrupt { path: named, .. } if *named == path()));
+        let again = executor.run(Identity::open_or_create(&disk, &dir(), &identity()));
+        assert!(matches!(again, Err(Error::Corrupt { .. })));
+        disk.truncate(&path(), 0);
+        assert!(matches!(open(&executor, &disk), Err(Error::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_directory_that_holds_anything_gets_no_new_identity() {
+        for name in ["MANIFEST-0000000001", "log/0000000001.log", "table/0000000001.sst"] {
+            let (executor, disk) = world(4);
+            disk.write_file(&dir().join(name), b"data");
+            let result = executor.run(Identity::open_or_create(&disk, &dir(), &identity()));
+            assert!(matches!(result, Err(Error::Mismatch { .. })), "{name}");
+        }
+    }
+
+    #[test]
+    fn anothers_directory_is_refused_and_the_field_named() {
+        let (executor, disk) = made(5);
+        let others: [(&str, Identity); 6] = [
+            ("cluster", Identity { cluster: 1, ..identity() }),
+            ("node is 5, expected 6", Identity { node: OriginId(6), ..identity() }),
+            ("shard is 1, expected 0", Identity { shard: 0, ..identity() }),
+            ("shard count is 2, expected 4", Identity { shard_count: 4, ..identity() }),
+            ("partition bits is 8, expected 9", Identity { partition_bits: 9, ..identity() }),
+            ("hash seed", Identity { hash_seed: 1, ..identity() }),
+        ];
+        for (field, wanted) in others {
+            let result = executor.run(Identity::open(&disk, &dir(), Some(&wanted)));
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains(field) && !error.contains("65261"), "{error}");
+        }
+        let later = Identity { created: WallMicros(1), ..identity() };
+        assert!(executor.run(Identity::open(&disk, &dir(), Some(&later))).is_ok());
+    }
+
+    #[test]
+    fn a_power_cut_during_a_replacement_leaves_the_old_or_the_new() {
+        let new = Identity { node: OriginId(6), ..identity() };
+        for number in 1..16 {
+            for seed in 0..10 {
+                let (executor, disk) = made(seed);
+                disk.cut_power_at(disk.op_count() + number);
+                let replaced = executor.try_run(Identity::replace(&disk, &dir(), &new));
+                executor.kill_tasks();
+                let disk = disk.crash(seed);
+                let found = executor.run(Identity::open(&disk, &dir(), None)).unwrap();
+                assert!(found == new || (found == identity() && replaced.is_err()));
+            }
+        }
+    }
+
+    #[test]
+    fn the_file_has_these_bytes() {
+        let (_, disk) = made(6);
+        let bytes = disk.read_file(&path()).unwrap();
+        assert_eq!(bytes.len(), 8192);
+        let copy = Copied::new(&identity(), 1, 0);
+        let golden = [
+            0x41, 0x4e, 0x4e, 0x49, 0x44, 0x4e, 0x0d, 0x0a, 1, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xee,
+            0xdd, 0xcc, 0xbb, 0xaa, 0x99, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0, 0xed,
+            0xfe, 0, 0, 0, 0, 0, 0, 77, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 1,
+            0, 0, 0, 2, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        ];
+        assert_eq!(bytes[..12], golden[..12]);
+        assert_eq!(u32::from_le_bytes(bytes[12..16].try_into().unwrap()), copy.checksum);
+        assert_eq!(bytes[16..80], golden[16..80]);
+        assert_eq!(copy.checksum, CHECKSUM);
+        assert!(bytes[80..4096].iter().all(|&byte| byte == 0));
+        assert_eq!(bytes[4096..4108], golden[..12]);
+    }
+
+    const CHECKSUM: u32 = 3_367_632_961;
+}

@@ -276,25 +276,24 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_option_and_the_range() {
-        let mut options = Options::default();
-        options.partition_bits = 17;
+        let options = Options { partition_bits: 17, ..Options::default() };
         let error = options.validate().unwrap_err().to_string();
         assert_eq!(error, "partition_bits is 17; allowed are 0 to 16");
     }
 
     #[test]
     fn what_does_not_fit_together_is_refused() {
-        let mut options = Options::default();
-        options.space.reserve = options.space.refuse_below + 1;
-        assert!(options.validate().is_err());
-        let mut options = Options::default();
-        options.compaction.rate_min = options.compaction.rate_max + 1;
-        assert!(options.validate().is_err());
-        let mut options = Options::default();
-        options.log.segment_size += 1;
-        assert!(options.validate().is_err());
-        let mut options = Options::default();
-        options.compaction.space_target = f64::NAN;
-        assert!(options.validate().is_err());
+        let changes: [fn(&mut Options); 5] = [
+            |options| options.space.reserve = options.space.refuse_below + 1,
+            |options| options.compaction.rate_min = options.compaction.rate_max + 1,
+            |options| options.log.segment_size += 1,
+            |options| options.compaction.space_target = f64::NAN,
+            |options| options.log.durability = Durability::Periodic { window_ms: 1 },
+        ];
+        for (index, change) in changes.into_iter().enumerate() {
+            let mut options = Options::default();
+            change(&mut options);
+            assert!(options.validate().is_err(), "change {index}");
+        }
     }
 }

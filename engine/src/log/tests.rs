@@ -324,6 +324,46 @@ fn a_failed_write_poisons_and_nothing_after_it_is_acknowledged() {
 }
 
 #[test]
+fn closing_after_a_failure_waits_for_writes_under_way() {
+    let (executor, disk, runtime) = world(18);
+    executor.run(async {
+        let options = LogOptions { segment_size: 1 << 20, ..small() };
+        let (log, _) = open(&disk, &runtime, options).await.unwrap();
+        disk.inject(Rule::nth(Op::Write, 1, Fault::Eio).on("001.log"));
+        disk.inject(Rule::nth(Op::Write, 2, Fault::Delay(80_000_000)).on("001.log"));
+        for tag in 1..=40 {
+            log.append(&record(tag, 300).as_ref()).unwrap();
+        }
+        let before = runtime.now();
+        assert!(log.close().await.is_err());
+        let writes = disk.op_log().into_iter().filter(|op| op.path.ends_with("0000000001.log"));
+        let faults = writes.filter(|op| op.fault.is_some()).count();
+        let waited = runtime.now().nanos_since(before);
+        assert!(faults == 2 && waited > 80_000_000, "{faults} {waited}");
+    });
+}
+
+#[test]
+fn a_segment_is_not_recycled_while_a_write_to_it_is_under_way() {
+    let (executor, disk, runtime) = world(19);
+    executor.run(async {
+        let options = LogOptions { quiet_mark_ms: 1, ..small() };
+        let (log, _) = open(&disk, &runtime, options).await.unwrap();
+        log.append(&record(1, 100).as_ref()).unwrap();
+        log.wait_visible(Lsn(1)).await.unwrap();
+        // The note of the synced position takes long; meanwhile the log rolls.
+        disk.inject(Rule::nth(Op::Write, 1, Fault::Delay(100_000_000)).on("001.log"));
+        runtime.sleep_until(runtime.now().after_nanos(5_000_000)).await;
+        log.append(&record(2, 11_900).as_ref()).unwrap();
+        runtime.sleep_until(runtime.now().after_nanos(5_000_000)).await;
+        log.release(Lsn(1));
+        assert_eq!((log.stats().segments_live, log.stats().segments_free), (2, 0));
+        log.wait_visible(Lsn(2)).await.unwrap();
+        assert_eq!(log.stats().segments_live, 1);
+    });
+}
+
+#[test]
 fn a_failed_sync_poisons_and_is_not_retried() {
     let (executor, disk, runtime) = world(20);
     executor.run(async {

@@ -585,9 +585,13 @@ impl<F> State<F> {
 /// torn rewrite of the same bytes is the same bytes.
 async fn rewrite<D: Disk>(disk: &D, extent: &Extent) -> Result<()> {
     let file = disk.open(&extent.path, OpenMode::Write).await?;
-    let size = usize::try_from(extent.size).expect("a batch that was read fits the memory");
-    let bytes = file.read_at(extent.offset, size).await?;
-    file.write_at(extent.offset, bytes, WriteMode::Durable).await.1
+    // The directory may have moved to a device with a larger alignment.
+    let alignment = file.alignment() as u64;
+    let start = extent.offset / alignment * alignment;
+    let end = (extent.offset + extent.size).next_multiple_of(alignment);
+    let size = usize::try_from(end - start).expect("a batch that was read fits the memory");
+    let bytes = file.read_at(start, size).await?;
+    file.write_at(start, bytes, WriteMode::Durable).await.1
 }
 
 #[cold]

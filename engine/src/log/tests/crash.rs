@@ -182,7 +182,15 @@ fn recover_twice(crashed: &SimDisk, options: LogOptions, model: &Model, seed: u6
 
 /// Runs the script once and crashes at every moment of it.
 fn sweep(seed: u64, options: LogOptions, steps: u64) -> u64 {
-    let (executor, disk, runtime) = world(seed);
+    sweep_in(world(seed), seed, options, steps)
+}
+
+fn sweep_in(
+    (executor, disk, runtime): (SimExecutor, SimDisk, SimRuntime),
+    seed: u64,
+    options: LogOptions,
+    steps: u64,
+) -> u64 {
     let model = Model::default();
     let images = Rc::new(Cell::new(0));
     let observer = {
@@ -224,6 +232,119 @@ fn with_one_batch_in_flight_and_no_spare_segments_it_is_the_same() {
 }
 
 #[test]
+fn on_a_device_of_4096_byte_sectors_it_is_the_same() {
+    for seed in 211..=213 {
+        let executor = SimExecutor::new(seed);
+        let options = SimDiskOptions { alignment: 4096, ..SimDiskOptions::seeded(seed) };
+        let disk = SimDisk::new(&executor.runtime(), options);
+        disk.write_file(&PathBuf::from("data/IDENTITY"), b"");
+        let runtime = executor.runtime();
+        sweep_in((executor, disk, runtime), seed, small(), 30);
+    }
+}
+
+#[test]
+fn a_log_that_moves_to_larger_sectors_is_made_durable_there() {
+    let (executor, disk, runtime) = world(220);
+    executor.run(async {
+        let (log, _) = open(&disk, &runtime, small()).await.unwrap();
+        for tag in 1..=5 {
+            let lsn = log.append(&record(tag, 100).as_ref()).unwrap();
+            log.wait_visible(lsn).await.unwrap();
+        }
+    });
+    let options = SimDiskOptions { alignment: 4096, ..SimDiskOptions::default() };
+    let moved = SimDisk::new(&runtime, options);
+    for (path, _) in disk.files() {
+        moved.write_file(&path, &disk.read_file(&path).unwrap());
+    }
+    executor.run(async {
+        let (log, _) = open(&moved, &runtime, small()).await.unwrap();
+        log.append(&record(6, 100).as_ref()).unwrap();
+        log.close().await.unwrap();
+        assert_eq!(read(&moved, Lsn(1)).await.unwrap().1.len(), 7);
+    });
+}
+
+/// Runs a short life in which the `nth` operation of the disk fails, then the next life.
+/// False when there was no such operation.
+fn live_with_fault(seed: u64, nth: u64, fault: Fault, options: LogOptions) -> bool {
+    let (executor, disk, runtime) = world(seed);
+    let model = Model::default();
+    let context = format!("seed {seed}, {fault:?} at operation {nth}");
+    disk.inject(Rule::nth_of_any(nth, fault));
+    let outcome: Result<()> = executor.run(async {
+        let end = read(&disk, Lsn(1)).await?.0;
+        let log = start(&disk, &runtime, options, end, &model).await?;
+        let mut chance = Chance::new(seed);
+        let outcome = async {
+            for tag in 0..120 {
+                let size = usize::try_from(chance.below(900)).unwrap();
+                let lsn = log.append(&record(tag, size).as_ref())?;
+                model.appended.borrow_mut().insert(lsn.0, Seen::Record(record(tag, size)));
+                if chance.one_in(3) {
+                    log.wait_durable(lsn).await?;
+                    model.promised.set(model.promised.get().max(lsn.0));
+                }
+                if chance.one_in(20) {
+                    model.released.set(log.durable().0);
+                    log.release(log.durable());
+                }
+            }
+            Ok(())
+        }
+        .await;
+        let closed = log.close().await;
+        if closed.is_ok() {
+            model.promised.set(log.durable().0);
+            model.closed.set(true);
+        }
+        outcome.and(closed)
+    });
+    let struck = disk.op_log().iter().any(|op| op.fault.is_some());
+    if let Err(error) = &outcome {
+        assert!(struck, "{context}: {error}");
+    }
+    // Killed or closed, then opened again; and once more after a power cut.
+    for (round, crash) in [(1, false), (2, true)] {
+        let second = SimExecutor::new(seed + round);
+        let found = if crash {
+            disk.image_onto(&second.runtime(), seed ^ nth)
+        } else {
+            disk.fork_onto(&second.runtime())
+        };
+        let runtime = second.runtime();
+        second.run(async {
+            let from = Lsn(model.released.get() + 1);
+            let (end, seen) = read(&found, from)
+                .await
+                .unwrap_or_else(|error| panic!("{context}, round {round}: {error}"));
+            let next = model.survive(&end, &seen, &context);
+            let log = start(&found, &runtime, options, end, &next).await.unwrap();
+            next.append(&log, 7, 70);
+            log.close().await.unwrap();
+            let (end, seen) = read(&found, from).await.unwrap();
+            next.promised.set(log.durable().0);
+            next.survive(&end, &seen, &context);
+        });
+    }
+    struck
+}
+
+#[test]
+fn whatever_operation_fails_what_was_promised_is_found_again() {
+    for (seed, fault) in [(1, Fault::Eio), (2, Fault::NoSpace)] {
+        for options in [small(), periodic()] {
+            let mut nth = 1;
+            while live_with_fault(seed, nth, fault, options) {
+                nth += 1;
+            }
+            assert!(nth > 60, "{nth}");
+        }
+    }
+}
+
+#[test]
 fn a_kill_keeps_what_was_handed_to_the_kernel() {
     let (executor, disk, runtime) = world(300);
     executor.run(async {
@@ -234,11 +355,39 @@ fn a_kill_keeps_what_was_handed_to_the_kernel() {
         runtime.sleep_until(runtime.now().after_nanos(8_000_000)).await;
         log.append(&record(21, 100).as_ref()).unwrap();
     });
-    let (executor, runtime) = (SimExecutor::new(1), ());
+    let executor = SimExecutor::new(1);
     let disk = disk.fork_onto(&executor.runtime());
-    let () = runtime;
     let (end, seen) = executor.run(read(&disk, Lsn(1))).unwrap();
     assert_eq!((end.next, seen.len()), (Lsn(21), 20));
+}
+
+#[test]
+fn what_a_restart_after_a_kill_has_served_survives_a_later_power_cut() {
+    for seed in 310..340 {
+        let (executor, disk, runtime) = world(seed);
+        executor.run(async {
+            let (log, _) = open(&disk, &runtime, periodic()).await.unwrap();
+            for tag in 1..=40 {
+                log.append(&record(tag, 400).as_ref()).unwrap();
+            }
+            runtime.sleep_until(runtime.now().after_nanos(8_000_000)).await;
+        });
+        // The process dies; what it had written lies in caches, not on the medium.
+        executor.kill_tasks();
+        let served = executor.run(async {
+            let (end, seen) = read(&disk, Lsn(1)).await.unwrap();
+            let sunk = Sunk::default();
+            let sink = sink_into(&sunk);
+            let started =
+                CommitLog::start(disk.clone(), runtime.clone(), dir(), periodic(), end, sink);
+            drop(started.await.unwrap());
+            seen
+        });
+        assert_eq!(served.len(), 40);
+        let (executor, disk, _) = after_crash(&disk, seed);
+        let (_, seen) = executor.run(read(&disk, Lsn(1))).unwrap();
+        assert_eq!(seen, served, "seed {seed}");
+    }
 }
 
 #[test]

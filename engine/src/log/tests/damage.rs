@@ -127,7 +127,8 @@ fn segment(id: u64) -> PathBuf {
 
 #[test]
 fn missing_cut_and_exchanged_segments_are_refused() {
-    let damages: [(&str, fn(&SimDisk)); 6] = [
+    type Damage = (&'static str, fn(&SimDisk));
+    let damages: [Damage; 6] = [
         ("missing first", |disk| assert!(disk.remove_file(&segment(1)))),
         ("missing middle", |disk| assert!(disk.remove_file(&segment(2)))),
         ("cut", |disk| disk.truncate(&segment(2), 9000)),

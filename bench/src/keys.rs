@@ -135,6 +135,36 @@ impl KeyChooser {
     }
 }
 
+/// A thread's share of the key space: of every `count` ids in a row, one.
+///
+/// Threads that must not meet (to check values, to write each key once, to insert new keys) count
+/// their own ids from 0, and the stripe gives them their place among all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stripe {
+    /// Which one, below `count`.
+    pub index: u64,
+    /// How many stripes there are, at least 1.
+    pub count: u64,
+}
+
+impl Stripe {
+    /// The whole key space.
+    pub const WHOLE: Stripe = Stripe { index: 0, count: 1 };
+
+    /// The id, among all, of this stripe's `own`-th.
+    #[inline]
+    #[must_use]
+    pub fn id(&self, own: u64) -> u64 {
+        own * self.count + self.index
+    }
+
+    /// How many ids below `keys` are of this stripe.
+    #[must_use]
+    pub fn keys(&self, keys: u64) -> u64 {
+        (keys + self.count - 1 - self.index) / self.count
+    }
+}
+
 /// Writes the key of an id: the id's digits, zero-padded in front to `size` bytes after a `k`.
 pub fn write_key(id: u64, size: usize, key: &mut Vec<u8>) {
     key.clear();
@@ -177,6 +207,19 @@ mod tests {
         let chooser = KeyChooser::new(Distribution::Latest, 1000);
         let mut chance = Chance::new(2);
         assert!((0..10_000).all(|_| chooser.next(10, &mut chance) < 10));
+    }
+
+    #[test]
+    fn stripes_share_out_every_key_once() {
+        for (keys, count) in [(10, 1), (10, 3), (3, 4), (12, 4)] {
+            let of = |index| {
+                let stripe = Stripe { index, count };
+                (0..stripe.keys(keys)).map(move |own| stripe.id(own))
+            };
+            let mut all: Vec<u64> = (0..count).flat_map(of).collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..keys).collect::<Vec<_>>());
+        }
     }
 
     #[test]

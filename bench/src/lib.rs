@@ -1,10 +1,12 @@
 //! Load generation and measuring: `annulus-bench`, and what the micro benches share.
 
+pub mod annulus;
 pub mod keys;
 pub mod load;
 pub mod page;
 pub mod report;
 pub mod resp;
+pub mod run;
 pub mod target;
 pub mod usage;
 pub mod verify;

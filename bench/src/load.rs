@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 
-use crate::keys::{Chance, Distribution, KeyChooser, write_key};
+use crate::keys::{Chance, Distribution, KeyChooser, Stripe, write_key};
 use crate::report::{Kind, Report};
 use crate::target::{Reply, Target, Write};
 use crate::verify::{Book, VALUE_SIZE_MIN, fill_value};
@@ -51,8 +51,10 @@ pub struct Load {
     pub mix: Mix,
     /// Which keys.
     pub distribution: Distribution,
-    /// How many keys exist when the run begins.
+    /// How many keys of the stripe exist when the run begins.
     pub keys: u64,
+    /// Which ids this thread uses.
+    pub stripe: Stripe,
     /// Bytes of a key.
     pub key_size: usize,
     /// Bytes of a value, from and to, both included.
@@ -75,14 +77,20 @@ pub struct Load {
 
 /// Longest wait for replies after the last request, before they count as failed.
 const DRAIN: Duration = Duration::from_secs(10);
+const INPUT_SIZE: usize = 256 << 10;
+/// Draws of a key before the search for a fitting one is given up.
+const DRAWS_MAX: usize = 10_000;
 
 #[derive(Clone, Copy, Debug)]
 struct Outstanding {
     kind: Kind,
+    /// The key's number in the stripe.
     id: u64,
     /// Read: the least version allowed. Write: the version written.
     version: u32,
     intended: Instant,
+    /// Bytes of key and value of a write.
+    bytes: usize,
     /// The write half of a read-modify-write follows the reply.
     write_after: bool,
 }
@@ -100,16 +108,51 @@ struct Connection<T> {
 
 /// Drives the run and records into `report`; with a book, checks every value.
 ///
+/// A connection that breaks on the way ends the run, not the measurement: what was outstanding is
+/// counted as perhaps applied (writes) or failed (reads), and `report.lost` says why.
+///
 /// # Errors
-/// Connecting, a broken stream, or a protocol error ends the run.
+/// `InvalidInput` when the server's limits forbid such a load; else connecting or greeting failed.
 pub fn run<T: Target>(
     load: &Load,
-    mut connect: impl FnMut() -> T,
+    connect: impl FnMut(usize) -> T,
     report: &mut Report,
     mut book: Option<&mut Book>,
 ) -> io::Result<()> {
     let mut poll = Poll::new()?;
-    let mut events = Events::with_capacity(1024);
+    let mut connections = open(load, connect, &mut poll)?;
+    for connection in &connections {
+        let sizes = connection.target.check_sizes(load.key_size, load.value_size.1);
+        sizes.map_err(|what| io::Error::new(io::ErrorKind::InvalidInput, what))?;
+    }
+    let mut source = Source::new(load);
+    report.begin(source.begin);
+    if let Err(error) = drive(&mut source, &mut connections, &mut poll, report, &mut book) {
+        abandon(&mut connections, report, "connection lost");
+        report.lost = Some(error.to_string());
+    }
+    report.end(now());
+    Ok(())
+}
+
+/// Counts what will not be answered any more.
+fn abandon<T>(connections: &mut [Connection<T>], report: &mut Report, why: &str) {
+    for slot in connections.iter_mut().flat_map(|c| &mut c.slots).filter_map(Option::take) {
+        let why = why.to_owned();
+        let reply = match slot.kind {
+            Kind::Write => Reply::MayBeApplied(why),
+            Kind::Read | Kind::Scan => Reply::Refused(why),
+        };
+        report.unsuccessful(slot.kind, &reply);
+    }
+}
+
+/// Connects, and waits until each connection may be used.
+fn open<T: Target>(
+    load: &Load,
+    mut connect: impl FnMut(usize) -> T,
+    poll: &mut Poll,
+) -> io::Result<Vec<Connection<T>>> {
     let mut connections = Vec::with_capacity(load.connections);
     for index in 0..load.connections {
         let address = load.addresses[index % load.addresses.len()];
@@ -121,7 +164,7 @@ pub fn run<T: Target>(
         poll.registry().register(&mut stream, Token(index), interest)?;
         let mut connection = Connection {
             stream,
-            target: connect(),
+            target: connect(index),
             out: Vec::new(),
             out_sent: 0,
             slots: vec![None; load.depth],
@@ -132,7 +175,8 @@ pub fn run<T: Target>(
         connection.flush()?;
         connections.push(connection);
     }
-    let mut input = vec![0; 256 << 10];
+    let mut input = vec![0; INPUT_SIZE];
+    let mut events = Events::with_capacity(1024);
     let begin = now();
     while connections.iter().any(|connection| !connection.target.ready()) {
         if begin.elapsed() > DRAIN {
@@ -140,44 +184,39 @@ pub fn run<T: Target>(
         }
         poll.poll(&mut events, Some(Duration::from_millis(50)))?;
         for connection in &mut connections {
-            connection.receive(&mut input, &mut |_, _, _, _| {})?;
+            connection.blocked = false;
+            connection.receive(&mut input, &mut |_, _| {})?;
             connection.flush()?;
         }
     }
-    let mut source = Source::new(load);
-    report.begin(now());
+    Ok(connections)
+}
+
+/// The loop: fill what may be sent, wait, take what came.
+fn drive<T: Target>(
+    source: &mut Source<'_>,
+    connections: &mut [Connection<T>],
+    poll: &mut Poll,
+    report: &mut Report,
+    book: &mut Option<&mut Book>,
+) -> io::Result<()> {
+    let load = source.load;
+    let mut events = Events::with_capacity(1024);
+    let mut input = vec![0; INPUT_SIZE];
     let mut ready: VecDeque<usize> = (0..connections.len()).collect();
-    let mut follow: Vec<(usize, u64)> = Vec::new();
+    let mut follow: Vec<u64> = Vec::new();
     loop {
-        let time = now();
-        // Fill whatever may be sent now.
-        while let Some(&index) = ready.front() {
-            let connection = &mut connections[index];
-            let Some(intended) = source.due(time) else { break };
-            if connection.free.is_empty() {
-                ready.pop_front();
-                continue;
-            }
-            source.send(connection, intended, &mut book);
-            if load.rate.is_some() {
-                // Spread an open loop's requests over the connections.
-                ready.rotate_left(1);
-            } else if connection.free.is_empty() {
-                ready.pop_front();
-            }
-        }
-        for connection in &mut connections {
+        source.fill(connections, &mut ready, book);
+        for connection in &mut *connections {
             connection.flush()?;
         }
-        let outstanding = connections.iter().any(|c| c.free.len() < load.depth);
-        if source.finished(now()) && !outstanding && follow.is_empty() {
-            break;
+        let outstanding = connections.iter().any(|c| c.free.len() < c.slots.len());
+        if source.finished(now()) && !outstanding {
+            return Ok(());
         }
         if source.ended_at.is_some_and(|end| end.elapsed() > DRAIN) {
-            for slot in connections.iter_mut().flat_map(|c| &mut c.slots).filter_map(Option::take) {
-                report.unsuccessful(slot.kind, &Reply::MayBeApplied("no reply in 10 s".to_owned()));
-            }
-            break;
+            abandon(connections, report, "no reply in 10 s");
+            return Ok(());
         }
         let wait = if load.spin {
             Duration::ZERO
@@ -196,25 +235,23 @@ pub fn run<T: Target>(
             }
             let had_free = !connection.free.is_empty();
             let time = now();
-            connection.receive(&mut input, &mut |slot: Outstanding, reply, _, _| {
-                source.finish(&slot, &reply, time, report, &mut book);
+            connection.receive(&mut input, &mut |slot, reply| {
+                source.finish(&slot, &reply, time, report, book);
                 if slot.write_after {
-                    follow.push((index, slot.id));
+                    follow.push(slot.id);
                 }
             })?;
-            for (index, id) in follow.drain(..) {
+            for id in follow.drain(..) {
                 if book.as_ref().is_some_and(|book| book.is_writing(id)) {
                     continue;
                 }
-                source.send_write(&mut connections[index], id, time, Kind::Write, &mut book);
+                source.send_write(connection, id, time, book);
             }
-            if !had_free && !connections[index].free.is_empty() {
+            if !had_free && !connection.free.is_empty() {
                 ready.push_back(index);
             }
         }
     }
-    report.end(now());
-    Ok(())
 }
 
 /// The one place where the generator reads the clock.
@@ -244,7 +281,7 @@ impl<T: Target> Connection<T> {
     fn receive(
         &mut self,
         input: &mut [u8],
-        done: &mut dyn FnMut(Outstanding, Reply<'_>, &mut Vec<u8>, u32),
+        done: &mut dyn FnMut(Outstanding, Reply<'_>),
     ) -> io::Result<()> {
         loop {
             let size = match self.stream.read(input) {
@@ -260,12 +297,11 @@ impl<T: Target> Connection<T> {
                 Err(error) => return Err(error),
             };
             let (slots, free) = (&mut self.slots, &mut self.free);
-            let mut unused = Vec::new();
             let mut finish = |id: u32, reply: Reply<'_>| {
                 let slot = slots.get_mut(id as usize).and_then(Option::take);
                 if let Some(slot) = slot {
                     free.push(id);
-                    done(slot, reply, &mut unused, id);
+                    done(slot, reply);
                 }
             };
             self.target
@@ -287,6 +323,8 @@ struct Source<'a> {
     sent: u64,
     begin: Instant,
     ended_at: Option<Instant>,
+    /// How far a preload has come in each lane.
+    cursors: Vec<u64>,
     key: Vec<u8>,
     value: Vec<u8>,
     filler: Vec<u8>,
@@ -306,6 +344,7 @@ impl<'a> Source<'a> {
             sent: 0,
             begin: now(),
             ended_at: None,
+            cursors: Vec::new(),
             key: Vec::new(),
             value: Vec::new(),
             filler,
@@ -343,68 +382,138 @@ impl<'a> Source<'a> {
         Some(due.saturating_duration_since(time))
     }
 
+    /// Sends all that is due and that the connections have room for.
+    fn fill<T: Target>(
+        &mut self,
+        connections: &mut [Connection<T>],
+        ready: &mut VecDeque<usize>,
+        book: &mut Option<&mut Book>,
+    ) {
+        let time = now();
+        while let Some(&index) = ready.front() {
+            let connection = &mut connections[index];
+            let Some(intended) = self.due(time) else { break };
+            if connection.free.is_empty() || !self.send(connection, intended, book) {
+                ready.pop_front();
+                continue;
+            }
+            if self.load.rate.is_some() {
+                // Spread an open loop's requests over the connections.
+                ready.rotate_left(1);
+            } else if connection.free.is_empty() {
+                ready.pop_front();
+            }
+        }
+    }
+
+    /// Sends one request; false when this connection's lane has nothing more to send, ever.
     fn send<T: Target>(
         &mut self,
         connection: &mut Connection<T>,
         intended: Instant,
         book: &mut Option<&mut Book>,
-    ) {
+    ) -> bool {
+        if self.load.sequential {
+            let Some(id) = self.next_in_order(&connection.target) else { return false };
+            self.sent += 1;
+            self.send_write(connection, id, intended, book);
+            return true;
+        }
         let mix = self.load.mix;
-        let draw = if self.load.sequential { 1.0 } else { self.chance.unit() };
+        let draw = self.chance.unit();
         let inserts_from = mix.reads + mix.scans;
         let pairs_from = inserts_from + mix.inserts;
         self.sent += 1;
         if draw < mix.reads {
-            let id = self.chooser.next(self.newest, &mut self.chance);
-            self.send_read(connection, id, intended, false, book);
+            self.send_read(connection, intended, false, book);
         } else if draw < inserts_from {
-            let id = self.chooser.next(self.newest, &mut self.chance);
-            let count = 1 + u32::try_from(self.chance.below(100)).expect("below 100");
-            write_key(id, self.load.key_size, &mut self.key);
-            let slot =
-                Outstanding { kind: Kind::Scan, id, version: 0, intended, write_after: false };
-            let request = connection.take(slot);
-            if !connection.target.scan(request, &self.key, count, &mut connection.out) {
-                connection.target.get(request, &self.key, &mut connection.out);
-            }
+            self.send_scan(connection, intended);
         } else if draw < pairs_from {
+            // Goes to any connection: a new key's place cannot be chosen.
             let id = self.newest;
             self.newest += 1;
-            self.send_write(connection, id, intended, Kind::Write, book);
+            if let Some(book) = book {
+                book.grow(id);
+            }
+            self.send_write(connection, id, intended, book);
         } else if draw < pairs_from + mix.read_modify_writes {
-            let id = self.unwritten(book);
-            self.send_read(connection, id, intended, true, book);
+            self.send_read(connection, intended, true, book);
         } else {
-            let id = if self.load.sequential {
-                (self.sent - 1) % self.load.keys
-            } else {
-                self.unwritten(book)
-            };
-            self.send_write(connection, id, intended, Kind::Write, book);
+            let fits = |id| book.as_ref().is_none_or(|book| !book.is_writing(id));
+            match self.pick(&connection.target, fits) {
+                Some(id) => self.send_write(connection, id, intended, book),
+                None => self.send_read(connection, intended, false, book),
+            }
         }
+        true
     }
 
-    /// A key that has no write on its way, as far as the book knows.
-    fn unwritten(&mut self, book: &Option<&mut Book>) -> u64 {
-        let mut id = self.chooser.next(self.newest, &mut self.chance);
-        while book.as_ref().is_some_and(|book| book.is_writing(id)) {
-            id = self.chance.below(self.newest);
+    /// The next key of a preload that the connection serves. Connections of one lane share a
+    /// cursor, so that each key is written once.
+    fn next_in_order<T: Target>(&mut self, target: &T) -> Option<u64> {
+        let lane = target.lane();
+        if self.cursors.len() <= lane {
+            self.cursors.resize(lane + 1, 0);
         }
-        id
+        while self.cursors[lane] < self.load.keys {
+            let id = self.cursors[lane];
+            self.cursors[lane] += 1;
+            write_key(self.load.stripe.id(id), self.load.key_size, &mut self.key);
+            if target.serves(&self.key) {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    /// Draws keys until the connection serves one and it fits.
+    fn pick<T: Target>(&mut self, target: &T, fits: impl Fn(u64) -> bool) -> Option<u64> {
+        for draw in 0..DRAWS_MAX {
+            // A popular key that does not fit would be drawn again and again.
+            let id = if draw < 100 {
+                self.chooser.next(self.newest, &mut self.chance)
+            } else {
+                self.chance.below(self.newest)
+            };
+            write_key(self.load.stripe.id(id), self.load.key_size, &mut self.key);
+            if target.serves(&self.key) && fits(id) {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    fn send_scan<T: Target>(&mut self, connection: &mut Connection<T>, intended: Instant) {
+        let id = self.chooser.next(self.newest, &mut self.chance);
+        let count = 1 + u32::try_from(self.chance.below(100)).expect("below 100");
+        write_key(self.load.stripe.id(id), self.load.key_size, &mut self.key);
+        let kind = Kind::Scan;
+        let slot = Outstanding { kind, id, version: 0, intended, bytes: 0, write_after: false };
+        let request = connection.take(slot);
+        if !connection.target.scan(request, &self.key, count, &mut connection.out) {
+            connection.target.get(request, &self.key, &mut connection.out);
+        }
     }
 
     fn send_read<T: Target>(
         &mut self,
         connection: &mut Connection<T>,
-        id: u64,
         intended: Instant,
         write_after: bool,
-        book: &mut Option<&mut Book>,
+        book: &Option<&mut Book>,
     ) {
+        // What was never acknowledged may still hold a value of an earlier run.
+        let fits = |id| {
+            book.as_ref()
+                .is_none_or(|book| book.is_written(id) && !(write_after && book.is_writing(id)))
+        };
+        let id = self.pick(&connection.target, fits).unwrap_or_else(|| {
+            write_key(self.load.stripe.id(0), self.load.key_size, &mut self.key);
+            0
+        });
         let version = book.as_ref().map_or(0, |book| book.floor(id));
-        write_key(id, self.load.key_size, &mut self.key);
-        let request =
-            connection.take(Outstanding { kind: Kind::Read, id, version, intended, write_after });
+        let slot = Outstanding { kind: Kind::Read, id, version, intended, bytes: 0, write_after };
+        let request = connection.take(slot);
         connection.target.get(request, &self.key, &mut connection.out);
     }
 
@@ -413,22 +522,24 @@ impl<'a> Source<'a> {
         connection: &mut Connection<T>,
         id: u64,
         intended: Instant,
-        kind: Kind,
         book: &mut Option<&mut Book>,
     ) {
         let (least, most) = self.load.value_size;
         let spread = u64::try_from(most - least).expect("sizes fit 64 bits") + 1;
         let size = least + usize::try_from(self.chance.below(spread)).expect("below most");
         let version = book.as_mut().map_or(0, |book| book.next_version(id));
+        let name = self.load.stripe.id(id);
         if book.is_some() {
-            fill_value(id, version, size.max(VALUE_SIZE_MIN), &mut self.value);
+            fill_value(name, version, size.max(VALUE_SIZE_MIN), &mut self.value);
         } else {
             let from = usize::try_from(self.chance.below(65_536 / 8)).expect("small");
             self.value.clear();
             self.value.extend_from_slice(&self.filler[from..from + size]);
         }
-        write_key(id, self.load.key_size, &mut self.key);
-        let slot = Outstanding { kind, id, version, intended, write_after: false };
+        write_key(name, self.load.key_size, &mut self.key);
+        let bytes = self.key.len() + self.value.len();
+        let kind = Kind::Write;
+        let slot = Outstanding { kind, id, version, intended, bytes, write_after: false };
         let request = connection.take(slot);
         let write = Write { key: &self.key, value: &self.value };
         connection.target.put(request, &write, &mut connection.out);
@@ -455,6 +566,7 @@ impl<'a> Source<'a> {
                 if let Some(book) = book.as_mut() {
                     book.acknowledge(slot.id, slot.version);
                 }
+                report.wrote(slot.bytes);
                 report.done(slot.kind, latency, time, true);
             }
             Reply::Scanned(count) => report.done(slot.kind, latency, time, *count > 0),

@@ -47,6 +47,9 @@ pub struct Report {
     may_be_applied: u64,
     failed: u64,
     reasons: BTreeMap<String, u64>,
+    user_bytes: u64,
+    /// Why the run ended early, if it did.
+    pub lost: Option<String>,
     /// The time line.
     pub steps: Vec<Step>,
 }
@@ -69,7 +72,8 @@ pub struct Latency {
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Server {
     /// CPU of the server's process, in microseconds.
-    pub cpu_us_per_op: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_us_per_op: Option<f64>,
     /// Blocks that the engine read for a get, when the admin address is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_reads_per_get: Option<f64>,
@@ -105,6 +109,8 @@ pub struct Summary {
     pub first_wrong: Option<String>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub reasons: BTreeMap<String, u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
 }
 
 fn histogram() -> Histogram<u64> {
@@ -125,6 +131,8 @@ impl Default for Report {
             may_be_applied: 0,
             failed: 0,
             reasons: BTreeMap::new(),
+            user_bytes: 0,
+            lost: None,
             steps: Vec::new(),
         }
     }
@@ -154,11 +162,54 @@ impl Report {
         self.found += u64::from(found && kind == Kind::Read);
         let since = self.begin.map_or(Duration::ZERO, |begin| at.saturating_duration_since(begin));
         let step = usize::try_from(since.as_nanos() / STEP.as_nanos()).unwrap_or(0).min(100_000);
-        while self.steps.len() <= step {
+        self.step(step).latency.saturating_record(nanos);
+    }
+
+    /// A write of so many bytes of key and value was acknowledged.
+    pub fn wrote(&mut self, bytes: usize) {
+        self.user_bytes += bytes as u64;
+    }
+
+    /// Bytes of keys and values in acknowledged writes.
+    #[must_use]
+    pub fn user_bytes(&self) -> u64 {
+        self.user_bytes
+    }
+
+    /// Adds what another thread measured in the same run.
+    pub fn merge(&mut self, other: &Report) {
+        let pairs = [
+            (&mut self.all, &other.all),
+            (&mut self.reads, &other.reads),
+            (&mut self.writes, &other.writes),
+            (&mut self.scans, &other.scans),
+        ];
+        for (own, others) in pairs {
+            own.add(others).expect("equal bounds");
+        }
+        self.seconds = self.seconds.max(other.seconds);
+        self.found += other.found;
+        self.not_started += other.not_started;
+        self.may_be_applied += other.may_be_applied;
+        self.failed += other.failed;
+        self.user_bytes += other.user_bytes;
+        for (reason, count) in &other.reasons {
+            *self.reasons.entry(reason.clone()).or_default() += count;
+        }
+        if self.lost.is_none() {
+            self.lost.clone_from(&other.lost);
+        }
+        for (index, step) in other.steps.iter().enumerate() {
+            self.step(index).latency.add(&step.latency).expect("equal bounds");
+        }
+    }
+
+    fn step(&mut self, index: usize) -> &mut Step {
+        while self.steps.len() <= index {
             let latency = Histogram::new_with_bounds(1000, 600_000_000_000, 2);
             self.steps.push(Step { latency: latency.expect("bounds are valid") });
         }
-        self.steps[step].latency.saturating_record(nanos);
+        &mut self.steps[index]
     }
 
     /// A request was not answered as asked.
@@ -208,6 +259,7 @@ impl Report {
             wrong: None,
             first_wrong: None,
             reasons: self.reasons.clone(),
+            lost: self.lost.clone(),
         }
     }
 
@@ -282,5 +334,12 @@ mod tests {
         assert!((summary.throughput_ops - 1000.0).abs() < 1e-6);
         assert_eq!(report.steps.len(), 5);
         assert!(report.hdr_text().contains("Total count    =         1000"));
+
+        let mut both = Report::default();
+        both.merge(&report);
+        both.merge(&report);
+        let summary = both.summary("t", "get");
+        assert_eq!((summary.ops, summary.errors), (2000, 2));
+        assert_eq!(both.steps.iter().map(|step| step.latency.len()).sum::<u64>(), 2000);
     }
 }

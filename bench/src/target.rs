@@ -34,6 +34,21 @@ pub trait Target {
     fn start(&mut self, out: &mut Vec<u8>);
     /// Whether requests may be sent.
     fn ready(&self) -> bool;
+    /// Whether requests of this size can be carried out at all. Asked once, when ready.
+    ///
+    /// # Errors
+    /// A sentence that names the limit.
+    fn check_sizes(&self, _key_size: usize, _value_size: usize) -> Result<(), String> {
+        Ok(())
+    }
+    /// Whether this connection is the one for the key.
+    fn serves(&self, _key: &[u8]) -> bool {
+        true
+    }
+    /// Connections with the same lane serve the same keys.
+    fn lane(&self) -> usize {
+        0
+    }
     /// Asks for a key.
     fn get(&mut self, id: u32, key: &[u8], out: &mut Vec<u8>);
     /// Writes a key.

@@ -9,9 +9,9 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     /// CPU of all its threads, in microseconds.
-    pub cpu_us: f64,
+    pub cpu_us: Option<f64>,
     /// Bytes it caused to be written to the disk.
-    pub written_bytes: u64,
+    pub written_bytes: Option<f64>,
     /// Blocks that the engine read for gets, from the metrics.
     pub blocks_read: Option<f64>,
 }
@@ -19,17 +19,37 @@ pub struct Usage {
 /// Reads a process's totals. A process that is not there has none.
 #[must_use]
 pub fn of_process(pid: u32) -> Usage {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let nanos: u64 = threads
-        .filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok())
-        .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
-        .sum();
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let nanos = threads.ok().map(|threads| {
+        threads
+            .flatten()
+            .filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok())
+            .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
+            .sum::<u64>()
+    });
     let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
     let written = io.lines().find_map(|line| line.strip_prefix("write_bytes: "));
     Usage {
-        cpu_us: nanos as f64 / 1000.0,
-        written_bytes: written.and_then(|text| text.trim().parse().ok()).unwrap_or(0),
+        cpu_us: nanos.map(|nanos| nanos as f64 / 1000.0),
+        written_bytes: written.and_then(|text| text.trim().parse().ok()),
         blocks_read: None,
+    }
+}
+
+impl Usage {
+    /// Adds what a server's metrics say. Its CPU only when asked: the kernel's own count of the
+    /// process is finer.
+    pub fn add_metrics(&mut self, text: &str, cpu: bool) {
+        self.blocks_read = metric(text, "annulus_device_reads_total");
+        let writes = ["log", "flush", "compaction"]
+            .map(|kind| metric(text, &format!("annulus_{kind}_write_bytes_total")));
+        if let [Some(log), Some(flush), Some(compaction)] = writes {
+            self.written_bytes = Some(log + flush + compaction);
+        }
+        if cpu {
+            self.cpu_us =
+                metric(text, "annulus_process_cpu_seconds_total").map(|seconds| seconds * 1e6);
+        }
     }
 }
 
@@ -79,11 +99,22 @@ mod tests {
     }
 
     #[test]
+    fn a_server_tells_its_disk_and_cpu() {
+        let text = "annulus_device_reads_total{shard=\"0\"} 2\nannulus_log_write_bytes_total 3\n\
+            annulus_flush_write_bytes_total 4\nannulus_compaction_write_bytes_total 5\n\
+            annulus_process_cpu_seconds_total 0.5\n";
+        let mut usage = Usage::default();
+        usage.add_metrics(text, true);
+        assert_eq!((usage.blocks_read, usage.written_bytes), (Some(2.0), Some(12.0)));
+        assert_eq!(usage.cpu_us, Some(500_000.0));
+    }
+
+    #[test]
     fn this_process_has_used_some_cpu() {
         let mut x = 1u64;
         for i in 0..3_000_000u64 {
             x = x.wrapping_mul(i | 1);
         }
-        assert!(of_process(std::process::id()).cpu_us > 0.0, "{x}");
+        assert!(of_process(std::process::id()).cpu_us > Some(0.0), "{x}");
     }
 }

@@ -4,7 +4,7 @@
 //! value is seen. Invariant of the book: a read that began after version `a` was acknowledged and
 //! ended before version `b + 1` was sent may only return versions `a..=b`.
 
-use crate::keys::mix;
+use crate::keys::{Stripe, mix};
 
 /// Smallest value that can name its key and version, in bytes.
 pub const VALUE_SIZE_MIN: usize = 16;
@@ -32,9 +32,10 @@ pub fn read_value(id: u64, value: &[u8]) -> Option<u32> {
     (expected == value).then_some(version)
 }
 
-/// For each key the last version sent and the last acknowledged.
+/// For each key of a stripe, by its number there, the last version sent and the last acknowledged.
 #[derive(Debug)]
 pub struct Book {
+    stripe: Stripe,
     sent: Vec<u32>,
     acknowledged: Vec<u32>,
     /// Keys with a write on its way: a second one could be applied in either order.
@@ -48,18 +49,33 @@ fn index(id: u64) -> usize {
 }
 
 impl Book {
-    /// A book of `keys` keys, each at `version` (0: not written).
+    /// A book of the first `keys` keys of a stripe, none of them written yet.
     #[must_use]
-    pub fn new(keys: u64, version: u32) -> Book {
-        let rows = vec![version; index(keys)];
+    pub fn new(stripe: Stripe, keys: u64) -> Book {
+        let rows = vec![0; index(keys)];
         let writing = vec![false; index(keys)];
-        Book { sent: rows.clone(), acknowledged: rows, writing, wrong: 0, first_wrong: None }
+        let (sent, acknowledged) = (rows.clone(), rows);
+        Book { stripe, sent, acknowledged, writing, wrong: 0, first_wrong: None }
+    }
+
+    /// Adds a row for a key that is inserted, and for those before it.
+    pub fn grow(&mut self, id: u64) {
+        let rows = self.sent.len().max(index(id) + 1);
+        self.sent.resize(rows, 0);
+        self.acknowledged.resize(rows, 0);
+        self.writing.resize(rows, false);
     }
 
     /// Whether a write of the key is on its way; another one must wait.
     #[must_use]
     pub fn is_writing(&self, id: u64) -> bool {
         self.writing[index(id)]
+    }
+
+    /// Whether any version of the key was acknowledged.
+    #[must_use]
+    pub fn is_written(&self, id: u64) -> bool {
+        self.acknowledged[index(id)] > 0
     }
 
     /// The next version of a key; call it when the write is sent.
@@ -89,7 +105,8 @@ impl Book {
 
     /// Checks a read's answer; `floor` is what [`Book::floor`] said when it was sent.
     pub fn check(&mut self, id: u64, floor: u32, value: Option<&[u8]>) {
-        let problem = match value.map(|value| read_value(id, value)) {
+        let name = self.stripe.id(id);
+        let problem = match value.map(|value| read_value(name, value)) {
             None if floor == 0 => None,
             None => Some(format!("absent, but version {floor} was acknowledged")),
             Some(None) => Some("not a value that was ever written there".to_owned()),
@@ -103,7 +120,7 @@ impl Book {
         };
         if let Some(problem) = problem {
             self.wrong += 1;
-            self.first_wrong.get_or_insert_with(|| format!("key {id}: {problem}"));
+            self.first_wrong.get_or_insert_with(|| format!("key {name}: {problem}"));
         }
     }
 
@@ -120,7 +137,7 @@ mod tests {
 
     #[test]
     fn each_kind_of_wrong_answer_is_counted() {
-        let mut book = Book::new(4, 0);
+        let mut book = Book::new(Stripe::WHOLE, 4);
         let mut value = Vec::new();
         let version = book.next_version(2);
         book.acknowledge(2, version);

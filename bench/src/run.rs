@@ -310,6 +310,9 @@ fn find(args: &RunArgs) -> Result<(Vec<SocketAddr>, Driven, String), Failed> {
         let Some(address) = target.strip_prefix("redis://") else {
             return Err(usage_error(format!("{target}: must be as redis://127.0.0.1:6379")));
         };
+        if args.workload == Workload::E {
+            return Err(usage_error("workload e scans, which a redis server cannot"));
+        }
         let address = address.trim_end_matches('/');
         return Ok((vec![resolve(address)?], Driven::Redis, target.clone()));
     }

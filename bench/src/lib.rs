@@ -1,6 +1,8 @@
 //! Load generation and measuring: `annulus-bench`, and what the micro benches share.
 
 pub mod annulus;
+#[cfg(feature = "uring")]
+pub mod embed;
 pub mod keys;
 pub mod load;
 pub mod page;

@@ -285,7 +285,6 @@ impl Identity {
     }
 
     /// Both copies as they stand in the bytes of the file, for tools: nothing is mended.
-    #[must_use]
     pub fn copies(file: &[u8]) -> [std::result::Result<Identity, String>; COPIES] {
         [0, 1].map(|copy| match Copied::decode(file, copy * COPY_SIZE) {
             Ok((_, identity)) => Ok(identity),

@@ -159,7 +159,7 @@ fn damage_in_any_file_is_found_and_named() {
         .find(|path| path.to_string_lossy().contains("MANIFEST"))
         .unwrap();
     let table = store.table();
-    let len = fs::metadata(&table).unwrap().len() as usize;
+    let len = fs::read(&table).unwrap().len();
     let identity = store.path(&format!("{SHARD}/IDENTITY"));
     let namespaces = store.path("NAMESPACES");
     let mut places: Vec<(PathBuf, usize)> = vec![

@@ -1,1 +1,17 @@
-//! placeholder
+//! Who holds what: the nouns of a cluster, and the ring that places partitions on servers.
+//!
+//! Invariant: pure. Nothing here reads a clock, draws chance, or does I/O, so every member that
+//! knows the same facts computes the same placement. No server uses this crate yet: a node
+//! serves alone, and its shards divide the ring among themselves (`src/pump/forward.rs`). The
+//! guarantees it will have to keep once several nodes serve together are in
+//! `cluster/README.md`.
+//!
+//! [`member`] has who there is; [`ring`] has who holds which partition.
+
+#![forbid(unsafe_code)]
+
+pub mod member;
+pub mod ring;
+
+pub use member::{Member, NodeId, Weight};
+pub use ring::{Ring, RingError, VirtualNode};

@@ -9,7 +9,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use annulus_engine::model::Instant;
+use annulus_engine::model::{Instant, NamespaceId, Record};
 
 use super::*;
 use crate::server_connection::tests::{facts, version};
@@ -18,7 +18,8 @@ use crate::server_connection::{
 };
 use crate::wire::fields::{Condition, Version};
 use crate::wire::frame::Opcode;
-use crate::wire::hello::NamespaceFact;
+use crate::wire::hello::{FEATURE_ONCE, Mode, NamespaceFact};
+use crate::wire::operation::Operation;
 use crate::wire::request::Request;
 use crate::wire::response::{BatchResults, Failure, Page, ReadFacts, ValueRef, WriteFacts};
 

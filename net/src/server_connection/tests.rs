@@ -2,16 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use annulus_engine::model::{Dot, NamespaceId, OriginId, Timestamp, TokenRange};
+use annulus_engine::model::{Dot, NamespaceId, OriginId, Timestamp, Token, TokenRange};
 use proptest::prelude::*;
 
 use super::*;
+
 use crate::wire::fields::{Level, Ttl, Version};
+use crate::wire::frame::flag;
 use crate::wire::hello::{Limits, Mode, NamespaceFact, Node, Replica, Run};
 use crate::wire::operation::{Delete, Get, Operation, Put, WriteOptions};
 use crate::wire::request::{Admin, Outgoing};
+use crate::wire::response::{BatchResults, Page, ReadFacts, ValueRef, WriteFacts};
 use crate::wire::response::{PageRef, ReadReply, decode_batch, decode_failure, decode_write};
 use crate::wire::scan::Scan;
+use crate::wire::slices::Head;
 
 /// Facts of a node with two shards, of which this is the first.
 pub(crate) fn facts() -> ServerFacts {

@@ -7,7 +7,7 @@
 //! Invariant: every request that was sent is counted exactly once, as done, refused, perhaps
 //! applied, or failed.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Read, Write as _};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -319,7 +319,12 @@ struct Source<'a> {
     load: &'a Load,
     chance: Chance,
     chooser: KeyChooser,
+    /// The next key to insert.
     newest: u64,
+    /// All keys below were written: those that are read, as in YCSB.
+    readable: u64,
+    /// Inserted keys that were answered out of order.
+    answered: BTreeSet<u64>,
     sent: u64,
     begin: Instant,
     ended_at: Option<Instant>,
@@ -341,6 +346,8 @@ impl<'a> Source<'a> {
             chooser: KeyChooser::new(load.distribution, load.keys),
             chance,
             newest: load.keys,
+            readable: load.keys,
+            answered: BTreeSet::new(),
             sent: 0,
             begin: now(),
             ended_at: None,
@@ -471,9 +478,9 @@ impl<'a> Source<'a> {
         for draw in 0..DRAWS_MAX {
             // A popular key that does not fit would be drawn again and again.
             let id = if draw < 100 {
-                self.chooser.next(self.newest, &mut self.chance)
+                self.chooser.next(self.readable, &mut self.chance)
             } else {
-                self.chance.below(self.newest)
+                self.chance.below(self.readable)
             };
             write_key(self.load.stripe.id(id), self.load.key_size, &mut self.key);
             if target.serves(&self.key) && fits(id) {
@@ -484,7 +491,7 @@ impl<'a> Source<'a> {
     }
 
     fn send_scan<T: Target>(&mut self, connection: &mut Connection<T>, intended: Instant) {
-        let id = self.chooser.next(self.newest, &mut self.chance);
+        let id = self.chooser.next(self.readable, &mut self.chance);
         let count = 1 + u32::try_from(self.chance.below(100)).expect("below 100");
         write_key(self.load.stripe.id(id), self.load.key_size, &mut self.key);
         let kind = Kind::Scan;
@@ -545,6 +552,17 @@ impl<'a> Source<'a> {
         connection.target.put(request, &write, &mut connection.out);
     }
 
+    /// Notes that the insert of a key was answered, if it was one. A refused one counts too: it
+    /// must not hide all later ones from the readers.
+    fn answered_insert(&mut self, id: u64) {
+        if id >= self.readable {
+            self.answered.insert(id);
+            while self.answered.remove(&self.readable) {
+                self.readable += 1;
+            }
+        }
+    }
+
     fn finish(
         &mut self,
         slot: &Outstanding,
@@ -554,6 +572,9 @@ impl<'a> Source<'a> {
         book: &mut Option<&mut Book>,
     ) {
         let latency = time.saturating_duration_since(slot.intended);
+        if slot.kind == Kind::Write {
+            self.answered_insert(slot.id);
+        }
         match reply {
             Reply::Value(_) | Reply::Absent => {
                 let value = if let Reply::Value(value) = reply { Some(*value) } else { None };

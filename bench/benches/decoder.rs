@@ -93,7 +93,7 @@ fn decode(stream: &[u8], piece: usize, facts: &ServerFacts) -> u64 {
 
 fn decoders(c: &mut Criterion) {
     let facts = facts();
-    let value = vec![7; 100];
+    let value = [7; 100];
     let mut fold = common::Fold::default();
     let mut group = c.benchmark_group("decoder");
     group.throughput(Throughput::Elements(COUNT.into()));

@@ -225,6 +225,14 @@ impl Reads {
     fn new() -> Reads {
         Reads { times: histogram(), from_due: histogram(), hits: 0 }
     }
+
+    fn add(&mut self, start: Instant, due: Option<Instant>, end: Instant, hit: bool) {
+        self.times.saturating_record(end.nanos_since(start));
+        if let Some(due) = due {
+            self.from_due.saturating_record(end.nanos_since(due));
+        }
+        self.hits += u64::from(hit);
+    }
 }
 
 impl Bench {
@@ -301,13 +309,7 @@ impl Bench {
             let start = self.runtime.now();
             let (hit, waited) = self.read(id).await?;
             let end = self.runtime.now();
-            let mut reads = reads.borrow_mut();
-            reads.times.saturating_record(end.nanos_since(start));
-            if let Some(due) = due {
-                reads.from_due.saturating_record(end.nanos_since(due));
-            }
-            reads.hits += u64::from(hit);
-            drop(reads);
+            reads.borrow_mut().add(start, due, end, hit);
             quick = if waited { 0 } else { quick + 1 };
             if quick == SLICE {
                 quick = 0;
@@ -524,7 +526,7 @@ async fn measure(disk: RingDisk, runtime: ShardRuntime, args: EmbedArgs) -> Resu
     let shard = Shard::open(disk, runtime.clone(), &dir, &identity, options, None).await?;
     let mut chance = Chance::new(9);
     let filler = (0..(FILLER_SIZE + args.value_size).div_ceil(8))
-        .flat_map(|_| chance.next().to_le_bytes())
+        .flat_map(|_| chance.next_u64().to_le_bytes())
         .collect();
     let phase = args.phase;
     let bench = Rc::new(Bench {

@@ -339,7 +339,7 @@ impl<'a> Source<'a> {
     fn new(load: &'a Load) -> Source<'a> {
         let mut chance = Chance::new(load.seed);
         let filler = (0..(load.value_size.1 + 65_536) / 8)
-            .flat_map(|_| chance.next().to_le_bytes())
+            .flat_map(|_| chance.next_u64().to_le_bytes())
             .collect();
         Source {
             load,

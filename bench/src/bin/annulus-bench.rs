@@ -19,7 +19,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Sends a load to a server and measures it.
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// Measures the engine of one shard in this process, without a network.
     #[cfg(feature = "uring")]
     Embed(embed::EmbedArgs),

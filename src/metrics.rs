@@ -86,6 +86,8 @@ numbers! {
     log_batches;
     /// Bytes written to the device for the commit log, padding included.
     log_write_bytes;
+    /// Times a shard was opened anew after a failed write or sync of its commit log.
+    log_reopened;
     /// Memtables flushed to tables.
     flushes;
     /// Bytes written to the device by flushes.

@@ -61,122 +61,136 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         options: Options,
         compression: Option<CompressionOf>,
     ) -> Result<Shard<D, R>> {
-        options.validate()?;
-        let identity = Identity::open_or_create(&disk, dir, wanted).await?;
-        let owner = Owner::of(&identity);
-        let tables = open_tables(&disk, dir, owner).await?;
-        let set = tables.current();
-        let released = set.layout().released;
-        let memory = Rc::new(RefCell::new(Memory::new(options.memtable_size)));
-        let log_dir = dir.join(LOG_DIR);
-        disk.create_dir(&log_dir).await?;
-        disk.sync_dir(dir).await?;
-
-        let mut found = Replayed {
-            ceiling: Timestamp::ZERO,
-            sequence: 0,
-            greatest: Timestamp::ZERO,
-            dropped: Vec::new(),
-        };
-        let mut visit = |lsn: Lsn, item: ReplayItem<'_>| match item {
-            ReplayItem::Record(record) => {
-                found.greatest = found.greatest.max(record.timestamp);
-                found.sequence = found.sequence.max(record.dot.sequence);
-                memory.borrow_mut().insert(lsn, &record);
-            }
-            ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
-                found.ceiling = found.ceiling.max(timestamp);
-                found.sequence = found.sequence.max(sequence);
-            }
-            ReplayItem::Control(Control::DropPartition { partition, incarnation }) => {
-                found.dropped.push((partition, incarnation));
-            }
-            ReplayItem::Control(Control::Close) => {}
-        };
-        let from = released.next();
-        let end = replay(&disk, &log_dir, log_identity(&identity), from, &mut visit).await?;
-        if let Some(torn) = &end.torn {
-            tracing::info!(
-                file = %torn.path.display(),
-                offset = torn.offset,
-                "the log's torn tail was cut: only writes that were never acknowledged"
-            );
-        }
-        tracing::debug!(dir = %dir.display(), records = end.records, bytes = end.bytes, "replayed");
-
-        let tables_max =
-            set.tables().map(|table| table.meta().max_timestamp).max().unwrap_or_default();
-        let floor = found.ceiling.max(found.greatest).max(tables_max);
-        let sink_memory = Rc::clone(&memory);
-        let sink = Box::new(move |lsn: Lsn, record: &RecordRef<'_>| {
-            sink_memory.borrow_mut().insert(lsn, record);
-        });
-        let log = CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink)
-            .await?;
-        let table_options = table_options(&options, compression);
-        let compactor_options = CompactorOptions::of(&options, &table_options);
-        let upper_tables = compactor_options.upper.clone();
-        let pace = Rc::new(RefCell::new(Pace::new(&options.compaction)));
-        let stop = Rc::new(Cell::new(false));
-        let dropped = Rc::new(Dropped::default());
-        let compactor = Compactor::new(
-            tables.clone(),
-            runtime.clone(),
-            compactor_options,
-            Rc::clone(&dropped) as Rc<_>,
-            Rc::clone(&pace),
-            Rc::clone(&stop),
-        );
-        let space = disk.space(dir).await?;
-        let thresholds = Thresholds {
-            pace: options.space.pace_below,
-            refuse: options.space.refuse_below,
-            reserve: options.space.reserve,
-        };
-        let state = Rc::new(ShardState {
-            disk,
-            runtime,
-            dir: dir.to_owned(),
-            identity,
-            options,
-            log,
-            memory,
-            tables,
-            tables_max: Cell::new(tables_max),
-            compactor,
-            cache: RefCell::new(BlockCache::new(options.cache_size)),
-            versions: RefCell::new(Versions::starting_above(
-                floor,
-                found.sequence,
-                identity.partition_bits,
-            )),
-            unsettled: RefCell::new(Unsettled::new()),
-            space: SpaceWatch::new(thresholds, space),
-            stats: RefCell::default(),
-            dropped,
-            upper_tables,
-            pace,
-            delay_per_byte: Cell::new(0.0),
-            throttle: RefCell::new(WriteThrottle::default()),
-            read_p99_us: Cell::new(None),
-            watch_nanos: Cell::new(0),
-            stop,
-            lifecycle: Notify::default(),
-            work: Notify::default(),
-            tasks_running: Cell::new(0),
-            background_error: RefCell::new(None),
-        });
-        let weak = Rc::downgrade(&state);
-        state.tables.on_removed(move |table| {
-            if let Some(state) = weak.upgrade() {
-                state.cache.borrow_mut().remove_table(table);
-            }
-        });
-        let shard = Shard { state };
-        shard.update_pressure();
+        let shard = prepare(disk, runtime, dir, wanted, options, compression).await?;
         shard.start_tasks();
         Ok(shard)
     }
+}
+
+/// Opens the shard, but starts none of its tasks. Nothing can fail any more once its log lives,
+/// so that an attempt that failed leaves no task behind.
+pub(crate) async fn prepare<D: Disk, R: Runtime>(
+    disk: D,
+    runtime: R,
+    dir: &Path,
+    wanted: &Identity,
+    options: Options,
+    compression: Option<CompressionOf>,
+) -> Result<Shard<D, R>> {
+    options.validate()?;
+    let identity = Identity::open_or_create(&disk, dir, wanted).await?;
+    let owner = Owner::of(&identity);
+    let tables = open_tables(&disk, dir, owner).await?;
+    let set = tables.current();
+    let released = set.layout().released;
+    let memory = Rc::new(RefCell::new(Memory::new(options.memtable_size)));
+    let log_dir = dir.join(LOG_DIR);
+    disk.create_dir(&log_dir).await?;
+    disk.sync_dir(dir).await?;
+
+    let mut found = Replayed {
+        ceiling: Timestamp::ZERO,
+        sequence: 0,
+        greatest: Timestamp::ZERO,
+        dropped: Vec::new(),
+    };
+    let mut visit = |lsn: Lsn, item: ReplayItem<'_>| match item {
+        ReplayItem::Record(record) => {
+            found.greatest = found.greatest.max(record.timestamp);
+            found.sequence = found.sequence.max(record.dot.sequence);
+            memory.borrow_mut().insert(lsn, &record);
+        }
+        ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
+            found.ceiling = found.ceiling.max(timestamp);
+            found.sequence = found.sequence.max(sequence);
+        }
+        ReplayItem::Control(Control::DropPartition { partition, incarnation }) => {
+            found.dropped.push((partition, incarnation));
+        }
+        ReplayItem::Control(Control::Close) => {}
+    };
+    let from = released.next();
+    let end = replay(&disk, &log_dir, log_identity(&identity), from, &mut visit).await?;
+    if let Some(torn) = &end.torn {
+        tracing::info!(
+            file = %torn.path.display(),
+            offset = torn.offset,
+            "the log's torn tail was cut: only writes that were never acknowledged"
+        );
+    }
+    tracing::debug!(dir = %dir.display(), records = end.records, bytes = end.bytes, "replayed");
+
+    let tables_max = set.tables().map(|table| table.meta().max_timestamp).max().unwrap_or_default();
+    let floor = found.ceiling.max(found.greatest).max(tables_max);
+    let space = disk.space(dir).await?;
+    let sink_memory = Rc::clone(&memory);
+    let sink = Box::new(move |lsn: Lsn, record: &RecordRef<'_>| {
+        sink_memory.borrow_mut().insert(lsn, record);
+    });
+    let log =
+        CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink).await?;
+    let table_options = table_options(&options, compression.clone());
+    let compactor_options = CompactorOptions::of(&options, &table_options);
+    let upper_tables = compactor_options.upper.clone();
+    let pace = Rc::new(RefCell::new(Pace::new(&options.compaction)));
+    let stop = Rc::new(Cell::new(false));
+    let dropped = Rc::new(Dropped::default());
+    let compactor = Compactor::new(
+        tables.clone(),
+        runtime.clone(),
+        compactor_options,
+        Rc::clone(&dropped) as Rc<_>,
+        Rc::clone(&pace),
+        Rc::clone(&stop),
+    );
+    let thresholds = Thresholds {
+        pace: options.space.pace_below,
+        refuse: options.space.refuse_below,
+        reserve: options.space.reserve,
+    };
+    let state = Rc::new(ShardState {
+        disk,
+        runtime,
+        dir: dir.to_owned(),
+        identity,
+        options,
+        log,
+        memory,
+        tables,
+        tables_max: Cell::new(tables_max),
+        compactor,
+        cache: RefCell::new(BlockCache::new(options.cache_size)),
+        versions: RefCell::new(Versions::starting_above(
+            floor,
+            found.sequence,
+            identity.partition_bits,
+        )),
+        unsettled: RefCell::new(Unsettled::new()),
+        space: SpaceWatch::new(thresholds, space),
+        stats: RefCell::default(),
+        dropped,
+        compression,
+        upper_tables,
+        pace,
+        delay_per_byte: Cell::new(0.0),
+        throttle: RefCell::new(WriteThrottle::default()),
+        read_p99_us: Cell::new(None),
+        watch_nanos: Cell::new(0),
+        stop,
+        lifecycle: Notify::default(),
+        work: Notify::default(),
+        tasks_running: Cell::new(0),
+        background_error: RefCell::new(None),
+    });
+    let weak = Rc::downgrade(&state);
+    state.tables.on_removed(move |table| {
+        if let Some(state) = weak.upgrade() {
+            state.cache.borrow_mut().remove_table(table);
+        }
+    });
+    let shard = Shard { state };
+    shard.update_pressure();
+    Ok(shard)
 }
 
 /// Opens the live tables; makes an empty set only where nothing but the identity is.

@@ -79,7 +79,12 @@ pub(super) fn failure_of<'a>(error: &Error, message: &'a str) -> Failure<'a> {
         Error::Poisoned { .. } | Error::Mismatch { .. } | Error::Io { .. } => Status::UNAVAILABLE,
     };
     let failure = Failure::new(status, message);
-    if status == Status::BUSY { failure.retry_after(2) } else { failure }
+    match error {
+        Error::Busy { .. } => failure.retry_after(2),
+        // The shard is being opened anew.
+        Error::Poisoned { .. } => failure.retry_after(100),
+        _ => failure,
+    }
 }
 
 /// Shows a found record's live values to `show`, with the context's bytes.
@@ -409,7 +414,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             };
             let mut outcome = shard.apply_after_read(&mutation).await;
             let mut context = Vec::new();
+            let mut begun = false;
             if let Ok(Outcome::Applied(applied)) = outcome {
+                begun = true;
                 if let Err(error) = shard.wait_visible(applied.lsn).await {
                     outcome = Err(error);
                 } else if merge == Merge::Siblings
@@ -420,7 +427,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     context = sign(state.context(), secret, pending.namespace, pending.token);
                 }
             }
-            Done::Write { origin, pending, outcome, context, began }
+            Done::Write { origin, pending, outcome, begun, context, began }
         });
     }
 
@@ -537,7 +544,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     self.answer(origin, &Answer::Read(facts, values), wires);
                 });
             }
-            Done::Write { origin, pending, outcome, context, began } => match outcome {
+            Done::Write { origin, pending, outcome, begun, context, began } => match outcome {
                 Ok(Outcome::Applied(applied)) => {
                     self.count_write(began, pending.bytes, pending.is_put);
                     let facts = self.write_facts(&applied, &context, &[]);
@@ -552,7 +559,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 Err(error) => {
                     let message = error.to_string();
                     let mut failure = failure_of(&error, &message);
-                    if matches!(error, Error::Poisoned { .. }) {
+                    if begun {
                         failure.status = Status::MAY_BE_APPLIED;
                     } else if message.starts_with("the key would have") {
                         failure.status = Status::SIBLINGS_FULL;

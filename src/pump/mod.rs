@@ -16,8 +16,12 @@ mod admin;
 mod answer;
 mod execute;
 mod forward;
+mod revive;
 mod sessions;
 mod writes;
+
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -47,6 +51,7 @@ pub use forward::{Message, ShardMap};
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
+use revive::Revival;
 use sessions::{Session, Sessions};
 use writes::WriteQueue;
 
@@ -118,6 +123,8 @@ enum Done {
         origin: Origin,
         pending: Pending,
         outcome: annulus_engine::Result<Outcome>,
+        /// Whether the log had taken it, so that after an error it may be applied.
+        begun: bool,
         /// Siblings: the context to give out, encoded.
         context: Vec<u8>,
         began: Instant,
@@ -165,6 +172,7 @@ pub struct Pump<D: Disk, R: Runtime> {
     next_sweep: Instant,
     next_session_sweep: Instant,
     draining: bool,
+    revival: Revival<D, R>,
 }
 
 /// What a pump needs to begin.
@@ -220,6 +228,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             next_sweep: now,
             next_session_sweep: now,
             draining: false,
+            revival: Revival::default(),
         }
     }
 
@@ -356,6 +365,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub fn turn(&mut self, wires: &mut dyn Wires, peers: &mut dyn Peers) -> bool {
         let mut worked = self.poll_tasks(wires);
         worked |= self.answer_writes(wires);
+        if self.shard.is_poisoned() {
+            worked |= self.revive(wires);
+        }
         if !self.attention.is_empty() {
             worked |= self.serve_output(wires);
         }
@@ -377,7 +389,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if waits {
             return Some(self.next_sweep);
         }
-        (!self.sessions.is_empty()).then_some(self.next_session_sweep)
+        let sessions = (!self.sessions.is_empty()).then_some(self.next_session_sweep);
+        sessions.into_iter().chain(self.revival.next_timeout()).min()
     }
 
     /// New requests are refused from now on; those in flight are finished.

@@ -129,7 +129,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         .to_string()
     }
 
-    fn abandon_writes(&mut self, wires: &mut dyn Wires, message: &str) {
+    pub(super) fn abandon_writes(&mut self, wires: &mut dyn Wires, message: &str) {
         for waiting in std::mem::take(&mut self.writes.waiting) {
             if let Some(origin) = waiting.origin {
                 let failure = Failure::new(Status::MAY_BE_APPLIED, message);

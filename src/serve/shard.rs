@@ -103,7 +103,7 @@ pub(crate) async fn run(
     let catalogue = Rc::new((*node.catalogue()).clone());
     shard.set_dropped_namespaces(catalogue.dropped());
     let mut pump = Pump::new(
-        shard.clone(),
+        shard,
         runtime.clone(),
         PumpOptions {
             facts: server_facts(&node, &facts, index, map),
@@ -136,6 +136,8 @@ pub(crate) async fn run(
     host(&ring, &runtime, host_options, |now, completions| served.turn(now, completions))
         .await
         .map_err(text)?;
+    // Perhaps another one than at the start: see the pump's `revive`.
+    let shard = served.pump.shard().clone();
     drop(served);
     let closed = drive(&ring, &runtime, shard.close()).await.map_err(text)?;
     runtime.shut_down();
@@ -162,6 +164,11 @@ async fn claim(
     let dir = &config.data_dir;
     let text = |error: annulus_engine::Error| error.to_string();
     disk.create_dir(dir).await.map_err(text)?;
+    // Its name must outlive a power cut, as what is in it does.
+    if let Some(above) = dir.parent() {
+        let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
+        disk.sync_dir(above).await.map_err(text)?;
+    }
     let lock = disk.lock(dir).await.map_err(text)?;
     let first = dir.join(dir_name(0));
     let existing = match Identity::open(disk, &first, None).await {

@@ -360,6 +360,14 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         self.shared.state.borrow().poison.clone()
     }
 
+    /// Whether a failure ended the log's life. Cheap enough to be asked each turn.
+    #[inline]
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        let state = self.shared.state.borrow();
+        state.refuse && state.poison.is_some()
+    }
+
     /// What the log has done and holds.
     #[must_use]
     pub fn stats(&self) -> LogStats {

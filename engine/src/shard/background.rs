@@ -39,6 +39,10 @@ impl Dropped {
     pub(crate) fn set(&self, namespaces: impl IntoIterator<Item = NamespaceId>) {
         *self.0.borrow_mut() = namespaces.into_iter().collect();
     }
+
+    pub(crate) fn copy(&self, other: &Dropped) {
+        self.0.borrow_mut().clone_from(&other.0.borrow());
+    }
 }
 
 impl Retention for Dropped {

@@ -16,6 +16,7 @@ mod background;
 mod memory;
 mod notify;
 mod read;
+mod reopen;
 mod scan;
 mod snapshot;
 mod space;
@@ -85,6 +86,8 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) space: SpaceWatch,
     pub(crate) stats: RefCell<Counters>,
     pub(crate) dropped: Rc<Dropped>,
+    /// What a reopening asks again.
+    pub(crate) compression: Option<crate::recover::CompressionOf>,
     /// How upper tables are written.
     pub(crate) upper_tables: TableOptions,
     pub(crate) pace: Rc<RefCell<Pace>>,
@@ -229,6 +232,13 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         self.state.log.poisoned()
     }
 
+    /// Whether [`Shard::poisoned`] has something to say. Cheap enough to be asked each turn.
+    #[inline]
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.state.log.is_poisoned()
+    }
+
     /// Writes a flush of all records in memory, and waits for it.
     ///
     /// # Errors
@@ -243,6 +253,9 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             }
             if let Some(error) = self.state.background_error.borrow().clone() {
                 return Err(error);
+            }
+            if self.state.stop.get() {
+                return Err(Error::Busy { what: "the shard is closing" });
             }
             changed.changed(ticket).await;
         }

@@ -8,6 +8,8 @@ use crate::identity::Identity;
 use crate::model::{NamespaceId, OriginId, Record, Token, TokenRange, WallMicros};
 use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 
+mod poison;
+
 const DIR: &str = "data/shard-000";
 const NS: NamespaceId = NamespaceId(0);
 
@@ -33,6 +35,11 @@ impl World {
         options.log.segment_size = 256 << 10;
         options.compaction.table_size = 256 << 10;
         options.space = crate::options::SpaceOptions { pace_below: 0, refuse_below: 0, reserve: 0 };
+        // The server does this for its data directory.
+        executor.run(async {
+            disk.create_dir(Path::new("data")).await.expect("a new disk");
+            disk.sync_dir(Path::new("")).await.expect("a new disk");
+        });
         World { executor, disk, options }
     }
 

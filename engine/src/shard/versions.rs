@@ -82,6 +82,14 @@ impl Versions {
         }
     }
 
+    /// Goes on above another life's ceiling too.
+    pub(crate) fn raise(&mut self, stamp: Timestamp, sequence: u64) {
+        let stamp = stamp.max(self.ceiling_stamp);
+        let sequence = sequence.max(self.ceiling_sequence);
+        let bits = self.sequences.len().ilog2();
+        *self = Versions::starting_above(stamp, sequence, bits);
+    }
+
     /// The ceiling in force, to be written again before the log forgets the record that set it.
     pub(crate) fn ceiling(&self) -> Control {
         Control::Ceiling { timestamp: self.ceiling_stamp, sequence: self.ceiling_sequence }

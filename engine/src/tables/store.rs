@@ -70,6 +70,10 @@ struct Inner<D: Disk> {
     /// Tables of edits that failed: one of them may be in the manifest until it rolls.
     doubtful: RefCell<Vec<TableId>>,
     on_removed: RefCell<Option<RemovalHook>>,
+    /// Says whether files must stay as they are, for readers that this set does not know.
+    held: RefCell<Option<Box<dyn Fn() -> bool>>>,
+    /// Another `Tables` has the directory now, or will: nothing is committed here any more.
+    retired: Cell<bool>,
 }
 
 /// The live tables of a shard. Clones share them.
@@ -157,6 +161,8 @@ impl<D: Disk> Tables<D> {
                 garbage: RefCell::new(Vec::new()),
                 doubtful: RefCell::new(Vec::new()),
                 on_removed: RefCell::new(None),
+                held: RefCell::new(None),
+                retired: Cell::new(false),
             }),
         }
     }
@@ -170,6 +176,19 @@ impl<D: Disk> Tables<D> {
     /// Called with each table that is live no more: for the block cache.
     pub fn on_removed(&self, hook: impl Fn(TableId) + 'static) {
         *self.inner.on_removed.borrow_mut() = Some(Box::new(hook));
+    }
+
+    /// Gives nothing of a file back, and removes none, while `held` says so: for readers of
+    /// another `Tables` of the same directory.
+    pub fn hold_files(&self, held: impl Fn() -> bool + 'static) {
+        *self.inner.held.borrow_mut() = Some(Box::new(held));
+    }
+
+    /// Ends the commits of this object, after the one under way: the directory is about to be
+    /// opened anew in this process. Reads go on.
+    pub async fn retire(&self) {
+        let _manifest = self.inner.manifest.lock().await;
+        self.inner.retired.set(true);
     }
 
     /// The disk.
@@ -251,6 +270,10 @@ impl<D: Disk> Tables<D> {
     ) -> Result<Rc<TableSet<D::File>>> {
         let inner = &self.inner;
         let mut manifest = inner.manifest.lock().await;
+        if inner.retired.get() {
+            inner.doubtful.borrow_mut().extend(opened.iter().map(|table| table.id()));
+            return Err(Error::Busy { what: "the shard is being opened anew" });
+        }
         let before = self.current();
         let mut edit = make(before.layout());
         edit.next_table = edit.next_table.max(inner.next_table.get());
@@ -326,6 +349,9 @@ impl<D: Disk> Tables<D> {
     /// fails is done at the next open. Returns the number of things that still wait.
     pub async fn collect_garbage(&self) -> usize {
         let inner = &self.inner;
+        if inner.held.borrow().as_ref().is_some_and(|held| held()) {
+            return inner.garbage.borrow().len();
+        }
         let mut blocked = BTreeSet::new();
         let (ready, waiting): (Vec<_>, Vec<_>) = inner.garbage.take().into_iter().partition(|it| {
             let ready = it.is_unreachable() && !blocked.contains(&it.table());

@@ -7,17 +7,21 @@
 #![expect(clippy::unwrap_used, reason = "a story that cannot go on has failed")]
 
 use std::cell::{Cell, RefCell};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use annulus_engine::Error;
 use annulus_engine::disk::Disk;
+use annulus_engine::log::format::{BatchHeader, SEGMENT_HEADER_SIZE, SegmentHeader};
 use annulus_engine::model::NamespaceId;
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Condition, Merge, Mutation};
 use annulus_engine::sim::{Chance, Fault, Op, Rule, SimDisk, SimDiskOptions, SimExecutor};
 
-use crate::store::{Book, Store, check_files, contents, open, tiny_options};
-use crate::workload::{Mix, Workload, token_of};
+use crate::faults::Damage;
+use crate::model::name;
+use crate::store::{Book, Store, check_files, contents, open, read, tiny_options};
+use crate::workload::{Mix, Operation, Workload, token_of};
 
 fn new_store(seed: u64) -> Store {
     let executor = SimExecutor::new(seed);
@@ -219,4 +223,182 @@ pub fn single_faults(nth: u64) -> Vec<Rule> {
     ];
     let with = |fault| kinds.map(|op| Rule::nth(op, nth, fault));
     with(Fault::Eio).into_iter().chain(with(Fault::NoSpace)).collect()
+}
+
+/// What a damaged store did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Verdicts {
+    /// Damages done.
+    pub struck: u64,
+    /// The start was refused, with a clear error.
+    pub refused: u64,
+    /// It started, and some answers were clear errors.
+    pub partial: u64,
+    /// It started, and every answer was right.
+    pub whole: u64,
+}
+
+/// Strikes each file of a store that was closed cleanly with each damage, one at a time, and
+/// reads everything. Panics at a wrong answer, also at "absent" for what is there.
+pub fn tell_damage(seed: u64, flips_per_file: u64, wanted: impl Fn(&Path) -> bool) -> Verdicts {
+    let (disk, book, executor) = closed_store(seed, 7);
+    let mut verdicts = Verdicts::default();
+    for (path, len) in disk.files().into_iter().filter(|(path, _)| wanted(path)) {
+        for damage in Damage::all(len, (len * 8 / flips_per_file).max(1)) {
+            // Without the last segment the log looks as it did before that was begun, and nothing
+            // in the other files says otherwise: the one damage that is not met.
+            if damage == Damage::Remove && last_segment(&disk).as_ref() == Some(&path) {
+                continue;
+            }
+            let image = disk.fork_onto(&executor.runtime());
+            if damage.strike(&image, &path) {
+                let what = format!("seed {seed}: {damage:?} of {}", path.display());
+                // A page is more than one batch: the mark that proves the last ones may go with
+                // them, and then they cannot be told from writes that a crash interrupted.
+                let in_log = path.extension().is_some_and(|e| e == "log");
+                let mut book = book.clone();
+                if in_log && matches!(damage, Damage::ZeroPage(_)) {
+                    book.expect_cut(&image, &executor);
+                }
+                judge(&image, &executor, &book, &path, &what, &mut verdicts);
+            }
+        }
+    }
+    verdicts
+}
+
+/// Puts files in each other's places, and files of another shard in.
+pub fn tell_foreign(seed: u64) -> Verdicts {
+    let (disk, book, executor) = closed_store(seed, 7);
+    let (other, _, _) = closed_store(seed + 1, 8);
+    let mut verdicts = Verdicts::default();
+    let files = disk.files();
+    let kind = |path: &Path| (path.parent().map(Path::to_owned), path.extension().is_some());
+    for (path, _) in &files {
+        let alike = files.iter().filter(|(it, _)| it != path && kind(it) == kind(path));
+        let own = alike.filter_map(|(it, _)| Some((it.clone(), disk.read_file(it)?)));
+        let foreign = other.read_file(path).map(|bytes| (path.clone(), bytes));
+        for (from, bytes) in own.chain(foreign) {
+            let image = disk.fork_onto(&executor.runtime());
+            image.write_file(path, &bytes);
+            if image.read_file(path) != disk.read_file(path) {
+                let what = format!("{} in place of {}", from.display(), path.display());
+                judge(&image, &executor, &book, path, &what, &mut verdicts);
+            }
+        }
+    }
+    verdicts
+}
+
+impl Book {
+    /// Takes a suffix of the log for lost, if that explains what a start finds.
+    fn expect_cut(&mut self, image: &SimDisk, executor: &SimExecutor) {
+        let (runtime, now_ms) = (executor.runtime(), executor.runtime().wall().as_millis());
+        let image = image.fork_onto(&runtime);
+        if let Ok(shard) = executor.run(open(&image, &runtime, tiny_options()))
+            && let Ok(seen) = executor.run(contents(&shard, now_ms))
+        {
+            let _ = self.model.settle_from(0, &seen, now_ms);
+        }
+        executor.kill_tasks();
+    }
+}
+
+/// The log segment that was written to last.
+fn last_segment(disk: &SimDisk) -> Option<PathBuf> {
+    let written = |path: &PathBuf| {
+        let bytes = disk.read_file(path)?;
+        let header = SegmentHeader::decode(&bytes).ok()?;
+        let salt = header.identity().segment_salt(header.segment_id, header.life);
+        let start = SEGMENT_HEADER_SIZE;
+        let offset = u64::try_from(start).unwrap();
+        BatchHeader::decode(&bytes[start..], salt, offset).ok()
+    };
+    let files = disk.files().into_iter().map(|(path, _)| path);
+    let segments = files.filter(|path| path.extension().is_some_and(|e| e == "log"));
+    segments.filter(|path| written(path).is_some()).next_back()
+}
+
+/// A store with tables of both levels, a manifest with edits and a log, closed cleanly.
+fn closed_store(seed: u64, cluster: u128) -> (SimDisk, Book, SimExecutor) {
+    let mut store = new_store(seed).of_cluster(cluster);
+    assert!(store.open());
+    let mix = Mix { value_size_max: 150, large_value: 3_000, ttl_one_in: 0, ..Mix::script() };
+    let mut workload = Workload::new(seed, mix);
+    for part in 0..4 {
+        for operation in workload.by_ref().take(60) {
+            store.perform(&operation);
+        }
+        match part {
+            0 => {
+                store.perform(&Operation::Flush);
+                store.perform(&Operation::Compact);
+            }
+            1 | 2 => store.perform(&Operation::Flush),
+            _ => {}
+        }
+    }
+    store.settle();
+    store.close();
+    let book = store.book.borrow().clone();
+    (store.disk.clone(), book, store.executor)
+}
+
+fn judge(
+    image: &SimDisk,
+    executor: &SimExecutor,
+    book: &Book,
+    path: &Path,
+    what: &str,
+    verdicts: &mut Verdicts,
+) {
+    verdicts.struck += 1;
+    let runtime = executor.runtime();
+    let now_ms = runtime.wall().as_millis();
+    let shard = match executor.run(open(image, &runtime, tiny_options())) {
+        Ok(shard) => shard,
+        Err(error) => {
+            assert_clear(&error, path, what);
+            verdicts.refused += 1;
+            return;
+        }
+    };
+    let mut errors = 0;
+    let keys: Vec<_> = book.model.keys().cloned().collect();
+    for key in keys {
+        match executor.run(read(&shard, &key, now_ms)) {
+            Ok(value) => assert!(
+                book.model.allows(&key, value.as_deref(), now_ms),
+                "{what}: {} reads as {:?} bytes",
+                name(&key),
+                value.map(|value| value.len())
+            ),
+            Err(error) => {
+                assert_clear(&error, path, what);
+                errors += 1;
+            }
+        }
+    }
+    match executor.run(contents(&shard, now_ms)) {
+        Ok(seen) => assert!(seen == book.model.contents(now_ms), "{what}: a wrong scan"),
+        Err(error) => assert_clear(&error, path, what),
+    }
+    if errors > 0 {
+        verdicts.partial += 1
+    } else {
+        verdicts.whole += 1
+    }
+    drop(shard);
+    executor.kill_tasks();
+}
+
+/// An error about damage names the file, or for a missing one at least its directory.
+fn assert_clear(error: &Error, path: &Path, what: &str) {
+    let told = error.to_string();
+    let dir = path.parent().unwrap().to_str().unwrap();
+    assert!(told.contains(dir), "{what}: this does not say where: {told}");
+    assert!(
+        matches!(error, Error::Corrupt { .. } | Error::Mismatch { .. } | Error::Io { .. }),
+        "{what}: {told}"
+    );
 }

@@ -147,6 +147,7 @@ pub struct Store {
     /// The book of all lives.
     pub book: Rc<RefCell<Book>>,
     options: Options,
+    identity: Identity,
     chance: Chance,
     shard: Option<SimShard>,
     /// Writes that wait for their acknowledgement, with their places in the log.
@@ -164,11 +165,18 @@ impl Store {
             disk,
             book: Rc::default(),
             options,
+            identity: identity(),
             chance: Chance::new(seed ^ 0x0057_07E5),
             shard: None,
             waiting: Vec::new(),
             faulty: false,
         }
+    }
+
+    /// The same store as a shard of another cluster.
+    #[must_use]
+    pub fn of_cluster(self, cluster: u128) -> Store {
+        Store { identity: Identity { cluster, ..identity() }, ..self }
     }
 
     /// From now on operations may fail.
@@ -204,7 +212,10 @@ impl Store {
 
     /// Opens the shard. False when that failed and faults are expected.
     pub fn open(&mut self) -> bool {
-        let opened = self.executor.run(open(&self.disk, &self.executor.runtime(), self.options));
+        let (disk, runtime) = (self.disk.clone(), self.executor.runtime());
+        let dir = dir();
+        let opening = Shard::open(disk, runtime, &dir, &self.identity, self.options, None);
+        let opened = self.executor.run(opening);
         match opened {
             Ok(shard) => self.shard = Some(shard),
             Err(error) => self.accept(&error, "open"),
@@ -222,7 +233,23 @@ impl Store {
         }
         drop(shard);
         self.executor.kill_tasks();
-        self.open();
+        if self.open() && self.faulty {
+            // The fate of writes that were told "perhaps" is known from now on.
+            let seen = self.executor.run(contents(&self.shard(), self.now_ms()));
+            if seen.is_err() {
+                self.disk.clear_faults();
+            }
+            self.settle_survivors();
+        }
+    }
+
+    /// Closes the shard cleanly.
+    pub fn close(&mut self) {
+        self.settle();
+        let shard = self.shard.take().expect("the store is open");
+        self.executor.run(shard.close()).unwrap();
+        drop(shard);
+        self.executor.kill_tasks();
     }
 
     /// Pulls the plug. What survived is settled by the next reading, see [`Store::settle_survivors`].
@@ -537,6 +564,15 @@ fn join(values: Vec<Vec<u8>>) -> Option<Vec<u8>> {
         joined.extend_from_slice(&value);
     }
     Some(joined)
+}
+
+/// What a reader gets of one key.
+///
+/// # Errors
+/// As [`Shard::get`].
+pub async fn read(shard: &SimShard, key: &KeyName, now_ms: u64) -> Result<Option<Vec<u8>>> {
+    let record = shard.get(token_of(key), key.0, &key.1).await?;
+    Ok(record.and_then(|record| readable(&record.as_ref(), now_ms)))
 }
 
 /// All that a reader sees, by one scan.

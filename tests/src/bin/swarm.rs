@@ -5,7 +5,7 @@
 //! swarm --seeds 200         the first 200 seeds
 //! swarm --seed 1234         one seed again
 //! swarm --seconds 600       new seeds for ten minutes
-//! swarm --story log         only stories of this kind: log
+//! swarm --story log         only stories of this kind: log, model, crash, faults, damage
 //! ```
 //!
 //! Invariant: a story is a function of its kind and its seed, so the printed line is all that is
@@ -17,12 +17,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use annulus_engine::sim::Chance;
+use annulus_tests::engine_story::{self, CrashStory};
+use annulus_tests::faults;
 use annulus_tests::log_story::{self, LogStory};
+use annulus_tests::workload::Mix;
 
 /// A kind of story: its name and how a seed becomes one.
 type Kind = (&'static str, fn(u64));
 
-const KINDS: &[Kind] = &[("log", tell_log)];
+const KINDS: &[Kind] = &[
+    ("log", tell_log),
+    ("model", tell_model),
+    ("crash", tell_crash),
+    ("faults", tell_faults),
+    ("damage", tell_damage),
+];
 
 /// What is being told, for the line that a panic prints even where panics abort.
 static SEED: AtomicU64 = AtomicU64::new(0);
@@ -38,6 +47,44 @@ fn tell_log(seed: u64) {
         periodic: chance.one_in(4),
     };
     log_story::tell(story);
+}
+
+/// A mix of operations that suits a seed: few keys or many, small values or large.
+fn draw_mix(chance: &mut Chance, mix: Mix) -> Mix {
+    Mix {
+        key_count: [5, 40, 300, 2_000][chance.index(4)],
+        value_size_max: [20, 300, 2_000][chance.index(3)],
+        large_value: [500, 20_000, 200_000][chance.index(3)],
+        ttl_one_in: chance.below(8),
+        ..mix
+    }
+}
+
+fn tell_model(seed: u64) {
+    let mut chance = Chance::new(seed);
+    let operations = chance.index(1_500) + 100;
+    engine_story::tell_model(seed, operations, draw_mix(&mut chance, Mix::default()));
+}
+
+fn tell_crash(seed: u64) {
+    let mut chance = Chance::new(seed);
+    let mix = Mix { ttl_one_in: 0, ..draw_mix(&mut chance, Mix::script()) };
+    let operations = chance.index(600) + 50;
+    let image_one_in = chance.between(5, 80);
+    engine_story::tell_crash(CrashStory { seed, operations, image_one_in, survivors: 2, mix });
+}
+
+fn tell_faults(seed: u64) {
+    let mut chance = Chance::new(seed);
+    let mut rules = faults::draw_rules(&mut chance);
+    rules.extend(faults::draw_rules(&mut chance));
+    let operations = chance.index(600) + 60;
+    let mix = draw_mix(&mut chance, Mix::default());
+    engine_story::tell_faults(seed, operations, mix, &rules);
+}
+
+fn tell_damage(seed: u64) {
+    engine_story::tell_damage(seed, 8, |_| true);
 }
 
 /// What was asked for.

@@ -273,7 +273,8 @@ impl Config {
             compression: self.compression.into(),
             filter_bits_last: self.filter_bits,
             // Every read asks the newer runs, so a mistake there costs more.
-            filter_bits_upper: if self.filter_bits == 0 { 0 } else { self.filter_bits + 4 },
+            // As `Options` has them by default, 18 for 10: see there for why.
+            filter_bits_upper: if self.filter_bits == 0 { 0 } else { self.filter_bits + 8 },
             value_size_max: host(u64::from(self.value_size_max)),
             space: SpaceOptions {
                 reserve,

@@ -6,6 +6,8 @@
 use std::path::Path;
 use std::rc::Rc;
 
+use futures_util::future::select;
+
 use super::{Shard, ShardState};
 use crate::buffer::AlignedBuf;
 use crate::cache::{decode_warm_list, encode_warm_list};
@@ -23,8 +25,10 @@ const NANOS_PER_MS: u64 = 1_000_000;
 const RETRY_NANOS: u64 = 500 * NANOS_PER_MS;
 /// How often the disk's space and the pace are looked at.
 const WATCH_NANOS: u64 = 100 * NANOS_PER_MS;
-/// An idle shard settles its debts after so long without a flush.
+/// An idle shard settles its debts after so long without a write.
 const SETTLE_NANOS: u64 = 2_000 * NANOS_PER_MS;
+/// An idle shard that owes nothing looks again after so long whether records have expired.
+const IDLE_LOOK_NANOS: u64 = 30_000 * NANOS_PER_MS;
 /// Blocks read at once when the cache is warmed.
 const WARM_BLOCKS_MAX: usize = 16_384;
 /// Name of the warm list.
@@ -101,7 +105,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let sleep = self.state.runtime.sleep_until(until);
         let stopped = self.state.lifecycle.changed(ticket);
         let (sleep, stopped) = (std::pin::pin!(sleep), std::pin::pin!(stopped));
-        futures_util::future::select(sleep, stopped).await;
+        select(sleep, stopped).await;
     }
 
     async fn flush_loop(&self) {
@@ -165,28 +169,31 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
 
     async fn compaction_loop(&self) {
         let state = &*self.state;
-        let mut last_work = state.runtime.now();
+        // The log's last record as last seen, and since when it has been the last.
+        let mut written = state.log.appended();
+        let mut quiet_since = state.runtime.now();
         while !state.stop.get() {
             let ticket = state.work.ticket();
-            let idle = state.runtime.now().nanos_since(last_work) >= SETTLE_NANOS;
+            let now = state.runtime.now();
+            if state.log.appended() != written {
+                (written, quiet_since) = (state.log.appended(), now);
+            }
+            let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
             let mode = if idle { Mode::Idle } else { Mode::Busy };
             match state.compactor.step(mode).await {
-                Ok(true) => {
-                    self.update_pressure();
-                    if mode == Mode::Busy {
-                        last_work = state.runtime.now();
-                    }
-                }
+                Ok(true) => self.update_pressure(),
                 Ok(false) if idle => {
                     // Nothing is owed: the next flush brings new work.
                     let stopped = state.lifecycle.ticket();
                     if state.stop.get() {
                         break;
                     }
+                    // Time alone makes work too: records expire.
+                    let later = state.runtime.now().after_nanos(IDLE_LOOK_NANOS);
                     let work = std::pin::pin!(state.work.changed(ticket));
                     let stop = std::pin::pin!(state.lifecycle.changed(stopped));
-                    futures_util::future::select(work, stop).await;
-                    last_work = state.runtime.now();
+                    let later = std::pin::pin!(state.runtime.sleep_until(later));
+                    select(select(work, stop), later).await;
                 }
                 Ok(false) => self.pause(SETTLE_NANOS / 4).await,
                 Err(error) => {

@@ -14,8 +14,12 @@ use crate::disk::{Disk, File};
 use crate::model::{Dot, NamespaceId, Record, RecordRef, Timestamp, Token};
 use crate::runtime::Runtime;
 use crate::sstable::{Block, BlockHandle, TableId};
-use crate::tables::{LiveTable, TableSet};
+use crate::tables::{Candidates, LiveTable, TableSet};
 use crate::{Error, Result};
+
+/// From so many candidate tables on, the lines of their filters are asked for at once: they come
+/// side by side then, not one after the other, and each is a miss of its own.
+const PREFETCH_TABLES_MIN: usize = 3;
 
 /// What memory and cache say of a key.
 #[derive(Debug)]
@@ -114,7 +118,11 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let mut best = None;
         let mut position = 0;
         let floor = in_memory.map(|found| found.version());
-        let step = search(&set, &wanted, floor, &mut best, &mut position, |id, handle| {
+        let candidates = set.candidates(token);
+        if candidates.len() >= PREFETCH_TABLES_MIN {
+            candidates.prefetch(token);
+        }
+        let step = search(candidates, &wanted, floor, &mut best, &mut position, |id, handle| {
             state.cache.borrow_mut().get(id, handle.offset)
         });
         match step {
@@ -208,7 +216,7 @@ impl<F: File> PendingRead<F> {
             let floor =
                 self.best.as_ref().and_then(|best| best.record(&wanted)).map(|r| r.version());
             let step = search(
-                &self.set,
+                self.set.candidates(self.token),
                 &wanted,
                 floor,
                 &mut self.best,
@@ -246,14 +254,14 @@ impl<F: File> PendingRead<F> {
 /// Goes through the candidate tables from `position` on, newest first, as far as `block_of` can
 /// supply blocks. `floor` is the version that a table must beat; `best` is replaced when beaten.
 fn search<F: File>(
-    set: &TableSet<F>,
+    candidates: Candidates<'_, F>,
     wanted: &Wanted<'_>,
     mut floor: Option<(Timestamp, Dot)>,
     best: &mut Option<Best>,
     position: &mut usize,
     mut block_of: impl FnMut(TableId, BlockHandle) -> Option<Rc<Block>>,
 ) -> Step<F> {
-    for candidate in set.candidates(wanted.token).skip(*position) {
+    for candidate in candidates.skip(*position) {
         let table = candidate.table;
         let beaten = floor.is_some_and(|(stamp, _)| table.entry().summary.max_timestamp < stamp);
         if !beaten

@@ -298,3 +298,41 @@ fn what_is_too_long_is_refused_with_the_limit() {
     let error = shard.apply(&mutation("", Some(b"v"), 0), wall).unwrap_err();
     assert!(error.to_string().contains("1 to 4096 bytes"), "{error}");
 }
+
+#[test]
+fn a_shard_settles_when_writes_have_ceased_and_not_before() {
+    let world = World::new();
+    let shard = world.open();
+    for i in 0..500 {
+        world.put(&shard, &format!("key{i}"), &[7; 200]);
+    }
+    world.run(shard.flush()).expect("a flush");
+    let sleep = |nanos| {
+        let runtime = world.executor.runtime();
+        world.run(runtime.sleep_until(runtime.now().after_nanos(nanos)));
+    };
+    for i in 0..100 {
+        world.put(&shard, &format!("other{i}"), b"now and then");
+        sleep(200_000_000);
+    }
+    assert_eq!(shard.stats().compactions, 0, "{:?}", shard.stats());
+    sleep(4_000_000_000);
+    assert!(shard.stats().compactions > 0, "{:?}", shard.stats());
+    assert_eq!(shard.stats().debt_bytes, 0);
+}
+
+#[test]
+fn what_expires_on_an_idle_shard_gives_its_space_back() {
+    let world = World::new();
+    let shard = world.open();
+    let now_ms = world.executor.runtime().wall().as_millis();
+    for i in 0..2000 {
+        world.write(&shard, &format!("key{i}"), Some(&[7; 100]), now_ms + 60_000);
+    }
+    world.run(shard.flush()).expect("a flush");
+    let runtime = world.executor.runtime();
+    world.run(runtime.sleep_until(runtime.now().after_nanos(10_000_000_000)));
+    assert_eq!(shard.stats().table_records, 2000, "settled");
+    world.run(runtime.sleep_until(runtime.now().after_nanos(120_000_000_000)));
+    assert_eq!(shard.stats().table_records, 0, "{:?}", shard.stats());
+}

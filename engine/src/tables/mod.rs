@@ -28,5 +28,5 @@ pub use edit::{AddedTable, Consumed, Level, TableSetEdit, TableSummary};
 pub use layout::{Entry, Layout, LayoutStats};
 pub use manifest::{Manifest, Owner};
 pub use ranges::Ranges;
-pub use set::{Candidate, LiveTable, TableSet};
+pub use set::{Candidate, Candidates, LiveTable, TableSet};
 pub use store::Tables;

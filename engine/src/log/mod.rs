@@ -31,9 +31,12 @@
 //! at least everything acknowledged, or refuses.
 
 pub mod format;
+mod prepare;
 pub mod replay;
 mod segments;
+mod state;
 mod task;
+mod wait;
 pub mod writer;
 
 pub use format::{Control, LogIdentity, ReplayItem};

@@ -11,6 +11,7 @@ use super::format::{
     BATCH_ALIGNMENT_MIN, LogIdentity, SEGMENT_HEADER_SIZE, SegmentHeader, segment_name,
     temporary_name,
 };
+use super::replay::Extent;
 use crate::buffer::AlignedBuf;
 use crate::disk::{Disk, File, OpenMode, WriteMode};
 use crate::error::{Error, Result};
@@ -142,6 +143,42 @@ pub(super) async fn zero<F: File>(file: &F, start: u64, end: u64) -> Result<()> 
         offset += len as u64;
     }
     file.sync().await
+}
+
+/// Writes extents again, unchanged, and syncs them, so that they are durable before a new life
+/// builds on them: what could be read may still have lain in a cache, and after a failed sync
+/// only bytes written anew are sure to reach the medium. A torn rewrite of the same bytes is the
+/// same bytes.
+pub(super) async fn make_durable<D: Disk>(disk: &D, extents: &[Extent]) -> Result<()> {
+    let mut rest = extents;
+    while let Some(first) = rest.first() {
+        let file = disk.open(&first.path, OpenMode::Write).await?;
+        let in_file = rest.iter().take_while(|extent| extent.path == first.path).count();
+        let (mut ours, later) = rest.split_at(in_file);
+        while let Some(first) = ours.first() {
+            // Neighbours together, as long as they make no huge buffer.
+            let mut end = first.offset + first.size;
+            let mut count = 1;
+            while let Some(next) = ours.get(count)
+                && next.offset == end
+                && next.offset + next.size - first.offset <= ZERO_SIZE as u64
+            {
+                end += next.size;
+                count += 1;
+            }
+            // The directory may have moved to a device with a larger alignment.
+            let alignment = file.alignment() as u64;
+            let start = first.offset / alignment * alignment;
+            let size = usize::try_from(end.next_multiple_of(alignment) - start)
+                .expect("a batch that was read fits the memory");
+            let bytes = file.read_at(start, size).await?;
+            file.write_at(start, bytes, WriteMode::Cached).await.1?;
+            ours = &ours[count..];
+        }
+        file.sync().await?;
+        rest = later;
+    }
+    Ok(())
 }
 
 /// Removes what an earlier life was still preparing.

@@ -313,10 +313,11 @@ fn a_failed_write_poisons_and_nothing_after_it_is_acknowledged() {
             // The same process may open the directory again: on new segments.
             let (log, _) = open(&disk, &runtime, small()).await.unwrap();
             assert!(log.appended().0 >= visible);
-            let lsn = log.append(&record(500, 10).as_ref()).unwrap();
-            log.wait_visible(lsn).await.unwrap();
+            log.append(&record(500, 10).as_ref()).unwrap();
+            // Closed, because a log that lives recycles segments while they are read.
+            log.close().await.unwrap();
             let (_, seen) = read(&disk, Lsn(1)).await.unwrap();
-            for (lsn, seen) in &seen[..seen.len() - 1] {
+            for (lsn, seen) in &seen[..seen.len() - 2] {
                 assert_eq!(*seen, Seen::Record(record(lsn.0, 200)));
             }
         });

@@ -59,7 +59,7 @@ pub(super) struct Used {
 
 pub(super) struct State<F> {
     /// Set when `append` must look at `poison`, `closing` and `full` before it does anything.
-    refuse: bool,
+    pub(super) refuse: bool,
     pub(super) poison: Option<Error>,
     pub(super) closing: bool,
     /// Why no segment can be made, while the disk is full.

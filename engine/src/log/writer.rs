@@ -261,8 +261,7 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
     #[inline]
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
-        let state = self.shared.state.borrow();
-        state.refuse && state.poison.is_some()
+        self.shared.state.borrow().poison.is_some()
     }
 
     /// What the log has done and holds.

@@ -38,6 +38,7 @@ use annulus_engine::shard::{Found, Merge, Outcome, Shard};
 use annulus_net::server_connection::{
     Arrival, MemoryBudget, Received, Replies, ServerConnection, ServerFacts, Ticket,
 };
+use annulus_net::wire::peek;
 use annulus_net::wire::request::Request;
 use annulus_net::wire::response::{BatchResults, Failure, Page};
 use annulus_net::wire::status::Status;
@@ -61,6 +62,8 @@ const TASKS_MAX: usize = 4096;
 const SWEEP_NANOS: u64 = 5_000_000;
 /// How often time-outs of connections are looked at, in nanoseconds.
 const SESSION_SWEEP_NANOS: u64 = 500_000_000;
+/// Most requests of a turn whose memory is asked for in advance.
+const FORESEEN_MAX: usize = 1024;
 /// A batch's results stop growing here: later reads of it answer BUSY.
 const BATCH_RESULT_BYTES_MAX: usize = 8 << 20;
 
@@ -153,6 +156,8 @@ pub struct Pump<D: Disk, R: Runtime> {
     sessions: Sessions,
     /// Connections that are being handed to another shard.
     moving: BTreeMap<ConnectionKey, u32>,
+    /// Tokens of the requests of this turn.
+    foreseen: Vec<Token>,
     /// Connections whose output must be watched.
     attention: Vec<ConnectionKey>,
     budget: MemoryBudget,
@@ -211,6 +216,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             catalogue: options.catalogue,
             sessions: Sessions::default(),
             moving: BTreeMap::new(),
+            foreseen: Vec::new(),
             attention: Vec::new(),
             budget: MemoryBudget::new(options.message_memory),
             tasks: FuturesUnordered::new(),
@@ -270,6 +276,26 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub fn closed(&mut self, connection: ConnectionKey) {
         self.moving.remove(&connection);
         self.sessions.take(connection);
+    }
+
+    /// Bytes that will be received this turn: the memory of their keys is asked for.
+    pub fn foresee(&mut self, bytes: &[u8]) {
+        let (map, foreseen) = (self.map, &mut self.foreseen);
+        let seed = self.facts.welcome.hash_seed;
+        peek::tokens(bytes, seed, &mut |token| {
+            if foreseen.len() < FORESEEN_MAX && map.shard_of(token) == map.own() {
+                foreseen.push(token);
+            }
+        });
+    }
+
+    /// All bytes of the turn were foreseen.
+    pub fn fetch_foreseen(&mut self) {
+        // One request has nothing to overlap with.
+        if self.foreseen.len() > 1 {
+            self.shard.prefetch(&self.foreseen);
+        }
+        self.foreseen.clear();
     }
 
     /// Bytes arrived. Each whole request is carried out, or begun.

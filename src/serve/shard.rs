@@ -448,6 +448,8 @@ impl Served {
             self.look_at_changes(now);
         }
         let (pump, port) = (&mut self.pump, &self.port);
+        self.sockets.foresee(completions, |bytes| pump.foresee(bytes));
+        pump.fetch_foreseen();
         let mut worked = self.sockets.turn(now, completions, |connections, event| {
             handle(pump, port, connections, event);
         });

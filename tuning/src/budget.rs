@@ -16,7 +16,7 @@ pub const MEMTABLES_PER_SHARD: u64 = 3;
 /// Smallest memtable that is proposed, in bytes.
 pub const MEMTABLE_PROPOSED_MIN: u64 = 1 << 20;
 /// Largest memtable that is proposed, in bytes: beyond it, flushes are no cheaper.
-pub const MEMTABLE_PROPOSED_MAX: u64 = 64 << 20;
+pub const MEMTABLE_PROPOSED_MAX: u64 = 256 << 20;
 /// Connections that are proposed where memory allows.
 pub const CONNECTIONS_PROPOSED: u32 = 12_000;
 

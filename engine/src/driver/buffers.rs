@@ -107,6 +107,18 @@ impl BufferRing {
         }
     }
 
+    /// A look at the first `len` bytes of a buffer that a completion has named and that nobody has
+    /// recycled since.
+    #[must_use]
+    pub fn look(&self, id: u16, len: usize) -> &[u8] {
+        assert!(id < self.count && len <= self.size, "the kernel names buffers of this group");
+        // SAFETY: as in `claim`: a named buffer is out of the ring of entries.
+        unsafe {
+            let start = self.buffers.memory.as_ptr().add(usize::from(id) * self.size);
+            std::slice::from_raw_parts(start, len)
+        }
+    }
+
     /// Puts a held buffer back, visible to the kernel after [`BufferRing::publish`].
     pub fn recycle(&mut self, id: u16) {
         let held = &mut self.held[usize::from(id)];

@@ -118,6 +118,12 @@ impl Memory {
         self.active.prefetch(token);
     }
 
+    /// The next step, after [`Memory::prefetch`] of the whole batch.
+    #[inline]
+    pub(crate) fn prefetch_entry(&self, token: Token) {
+        self.active.prefetch_entry(token);
+    }
+
     /// The memtables, newest first.
     pub(crate) fn newest_first(&self) -> impl Iterator<Item = &Memtable> {
         std::iter::once(&self.active).chain(self.sealed.iter().rev().map(|sealed| &sealed.memtable))

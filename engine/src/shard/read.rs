@@ -192,10 +192,15 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         format!(r#"{{"steps":[{}]}}"#, steps.join(","))
     }
 
-    /// Asks the processor to fetch the cache line where a key's search begins.
-    #[inline]
-    pub fn prefetch(&self, token: Token) {
-        self.state.memory.borrow().prefetch(token);
+    /// Starts to bring the memory of these keys nearer, in two rounds so that all misses overlap.
+    pub fn prefetch(&self, tokens: &[Token]) {
+        let memory = self.state.memory.borrow();
+        for token in tokens {
+            memory.prefetch(*token);
+        }
+        for token in tokens {
+            memory.prefetch_entry(*token);
+        }
     }
 }
 

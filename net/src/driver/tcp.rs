@@ -109,6 +109,20 @@ impl Sockets {
         &mut self.parts_mut().connections
     }
 
+    /// Shows the bytes that the coming [`Sockets::turn`] with the same completions will deliver,
+    /// all before the first of them is handled: for prefetching.
+    pub fn foresee(&self, completions: &[Completion], mut visit: impl FnMut(&[u8])) {
+        let Some(parts) = &self.parts else { return };
+        for completion in completions {
+            if let (Some(Purpose::Receive), _) = untag(completion.user_data)
+                && let Some(buffer) = completion.buffer()
+                && let Ok(len) = usize::try_from(completion.result)
+            {
+                visit(parts.buffers.look(buffer, len));
+            }
+        }
+    }
+
     /// Handles the turn's completions; `handler` gets the connections to answer with. Replies
     /// leave at [`Connections::flush`]. Returns whether anything happened.
     pub fn turn(

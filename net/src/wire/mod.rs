@@ -11,6 +11,7 @@ pub mod fields;
 pub mod frame;
 pub mod hello;
 pub mod operation;
+pub mod peek;
 pub mod request;
 pub mod response;
 pub mod scan;

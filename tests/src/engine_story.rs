@@ -23,7 +23,7 @@ use crate::model::name;
 use crate::store::{Book, Store, check_files, contents, open, read, tiny_options};
 use crate::workload::{Mix, Operation, Workload, token_of};
 
-fn new_store(seed: u64) -> Store {
+pub(crate) fn new_store(seed: u64) -> Store {
     let executor = SimExecutor::new(seed);
     let disk = SimDisk::new(&executor.runtime(), SimDiskOptions::seeded(seed));
     // The node's directory is there, and locked, before its shards are opened.
@@ -74,8 +74,20 @@ pub struct Images {
 
 /// A script, with crashes at the changes of the disk. Panics when a promise is broken.
 pub fn tell_crash(story: CrashStory) -> Images {
-    let CrashStory { seed, operations, image_one_in, survivors, mix } = story;
-    let mut store = new_store(seed);
+    let mut store = new_store(story.seed);
+    let images = watch_crashes(&store, story);
+    assert!(store.open());
+    for operation in Workload::new(story.seed, story.mix).take(story.operations) {
+        store.perform(&operation);
+    }
+    store.check_all();
+    store.disk.observe(|_| {});
+    images.get()
+}
+
+/// From now on looks at what a crash would leave at changes of the store's disk.
+pub(crate) fn watch_crashes(store: &Store, story: CrashStory) -> Rc<Cell<Images>> {
+    let CrashStory { seed, image_one_in, survivors, .. } = story;
     let (book, mut chance) = (store.book.clone(), Chance::new(seed ^ 0xC4A5));
     let images = Rc::new(Cell::new(Images::default()));
     let (counted, wall) = (images.clone(), store.executor.runtime());
@@ -96,13 +108,7 @@ pub fn tell_crash(story: CrashStory) -> Images {
             counted.set(images);
         }
     });
-    assert!(store.open());
-    for operation in Workload::new(seed, mix).take(operations) {
-        store.perform(&operation);
-    }
-    store.check_all();
-    store.disk.observe(|_| {});
-    images.get()
+    images
 }
 
 /// Opens an image and checks it; crashes once more while opening, by chance; opens again.
@@ -142,7 +148,8 @@ fn check_image(
             None => {
                 cut = book.settle(&found, now_ms).unwrap_or_else(|problem| panic!("{problem}"));
             }
-            Some(seen) => assert_eq!(seen, &found, "the second start shows something else"),
+            // Not `assert_eq`, which would print every byte of both.
+            Some(seen) => assert!(*seen == found, "the second start shows something else"),
         }
         // What is written now has a version above all that were ever given out.
         let key = (NamespaceId(1), format!("after-{round}").into_bytes());
@@ -161,7 +168,7 @@ fn check_image(
         executor.run(shard.wait_visible(applied.lsn)).unwrap();
         book.note_durable(&key, &applied);
         let done = executor.run(contents(&shard, now_ms)).unwrap();
-        assert_eq!(found, done, "a delete of what is not there changed something");
+        assert!(found == done, "a delete of what is not there changed something");
         seen = Some(found);
         if round == 1 {
             executor.run_for_nanos(8_000_000_000);

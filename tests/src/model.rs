@@ -130,11 +130,22 @@ impl Model {
     #[must_use]
     pub fn allows(&self, key: &KeyName, answer: Option<&[u8]>, now_ms: u64) -> bool {
         let floor = self.winner(key).map(|write| write.version);
+        self.allows_from(key, floor, answer, now_ms)
+    }
+
+    /// Whether a read may answer this that began when `floor` was the acknowledged winner.
+    #[must_use]
+    pub fn allows_from(
+        &self,
+        key: &KeyName,
+        floor: Option<(Timestamp, Dot)>,
+        answer: Option<&[u8]>,
+        now_ms: u64,
+    ) -> bool {
         if floor.is_none() && answer.is_none() {
             return true;
         }
-        let Some(indices) = self.by_key.get(key) else { return answer.is_none() };
-        indices.iter().map(|index| &self.writes[*index]).any(|write| {
+        self.writes_of(key).any(|write| {
             write.fate != Fate::Refused
                 && Some(write.version) >= floor
                 && write.effect.value_at(now_ms) == answer

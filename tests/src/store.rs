@@ -235,10 +235,6 @@ impl Store {
         self.executor.kill_tasks();
         if self.open() && self.faulty {
             // The fate of writes that were told "perhaps" is known from now on.
-            let seen = self.executor.run(contents(&self.shard(), self.now_ms()));
-            if seen.is_err() {
-                self.disk.clear_faults();
-            }
             self.settle_survivors();
         }
     }
@@ -262,8 +258,14 @@ impl Store {
 
     /// After a crash: finds the cut of the log that explains what is there. Panics if none does.
     pub fn settle_survivors(&mut self) {
-        let seen = self.executor.run(contents(&self.shard(), self.now_ms())).unwrap();
-        let now_ms = self.now_ms();
+        let mut seen = self.executor.run(contents(&self.shard(), self.now_ms()));
+        if let Err(error) = &seen {
+            // It must be known what is there: the disk is mended before its time.
+            self.accept(error, "a scan");
+            self.disk.clear_faults();
+            seen = self.executor.run(contents(&self.shard(), self.now_ms()));
+        }
+        let (seen, now_ms) = (seen.unwrap(), self.now_ms());
         let settled = self.book.borrow_mut().settle(&seen, now_ms);
         settled.unwrap_or_else(|problem| panic!("{problem}"));
     }
@@ -541,7 +543,7 @@ impl Book {
 }
 
 /// What a client gets of a record: its value, or all live siblings as one list.
-fn readable(record: &RecordRef<'_>, now_ms: u64) -> Option<Vec<u8>> {
+pub(crate) fn readable(record: &RecordRef<'_>, now_ms: u64) -> Option<Vec<u8>> {
     let now = WallMicros(now_ms * 1000);
     if record.namespace == SIBLINGS {
         let state = KeyState::of_record(record).expect("a whole state");

@@ -94,6 +94,9 @@ impl<D: Disk> Tables<D> {
     /// `Mismatch` when there is a manifest already, else of the disk.
     pub async fn create(disk: D, dir: &Path, owner: Owner) -> Result<Tables<D>> {
         disk.create_dir(&dir.join(TABLE_DIR)).await?;
+        // Durable before the manifest has its name: a manifest without the directory beside it
+        // is refused.
+        disk.sync_dir(dir).await?;
         let mut layout = Layout::default();
         layout.next_table = 1;
         let manifest = Manifest::create(disk.clone(), dir, owner, &layout).await?;

@@ -5,7 +5,8 @@
 //! swarm --seeds 200         the first 200 seeds
 //! swarm --seed 1234         one seed again
 //! swarm --seconds 600       new seeds for ten minutes
-//! swarm --story log         only stories of this kind: log, model, crash, faults, damage
+//! swarm --story log         only stories of this kind: log, model, crash,
+//!                           concurrent, faults, damage
 //! ```
 //!
 //! Invariant: a story is a function of its kind and its seed, so the printed line is all that is
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use annulus_engine::sim::Chance;
+use annulus_tests::concurrent_story;
 use annulus_tests::engine_story::{self, CrashStory};
 use annulus_tests::faults;
 use annulus_tests::log_story::{self, LogStory};
@@ -29,6 +31,7 @@ const KINDS: &[Kind] = &[
     ("log", tell_log),
     ("model", tell_model),
     ("crash", tell_crash),
+    ("concurrent", tell_concurrent),
     ("faults", tell_faults),
     ("damage", tell_damage),
 ];
@@ -72,6 +75,21 @@ fn tell_crash(seed: u64) {
     let operations = chance.index(600) + 50;
     let image_one_in = chance.between(5, 80);
     engine_story::tell_crash(CrashStory { seed, operations, image_one_in, survivors: 2, mix });
+}
+
+fn tell_concurrent(seed: u64) {
+    let mut chance = Chance::new(seed);
+    let crashes = chance.one_in(2);
+    let mut mix = draw_mix(&mut chance, Mix::script());
+    // What expires while a crash is looked at would look like a loss.
+    mix.ttl_one_in = if crashes { 0 } else { 6 };
+    let image_one_in = if crashes { chance.between(10, 80) } else { u64::MAX };
+    let operations = chance.index(2_000) + 100;
+    let clients = chance.index(30) + 2;
+    concurrent_story::tell(
+        CrashStory { seed, operations, image_one_in, survivors: 1, mix },
+        clients,
+    );
 }
 
 fn tell_faults(seed: u64) {

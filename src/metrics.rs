@@ -151,6 +151,8 @@ numbers! {
     cache_bytes;
     /// Memory of filters and indexes in bytes.
     pinned_bytes;
+    /// Ranges of tables that compaction leaves alone because it cannot read them.
+    ranges_unreadable;
     /// 1 when the commit log is poisoned by a failed write or sync.
     log_poisoned;
 }

@@ -126,6 +126,7 @@ pub(super) fn snapshot(
         log_pending_bytes: stats.log_pending_bytes as u64,
         cache_bytes: stats.cache_bytes as u64,
         pinned_bytes: stats.pinned_bytes as u64,
+        ranges_unreadable: stats.ranges_unreadable as u64,
         log_poisoned: u64::from(stats.poisoned.is_some()),
     };
     ShardSnapshot { shard, metrics, gauges }

@@ -34,7 +34,7 @@
 //! the last level names every upper table with a live token in the range. Off both paths: the
 //! compactor asks after each flush and step.
 
-use crate::model::{Token, TokenRange, WallMicros};
+use crate::model::{Instant, Token, TokenRange, WallMicros};
 use crate::options::Options;
 use crate::sstable::TableId;
 use crate::tables::edit::{AddedTable, Consumed, Level, TableSetEdit};
@@ -170,6 +170,37 @@ impl Step {
     }
 }
 
+/// A table in a range where it could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The table.
+    pub table: TableId,
+    /// The range of the step that failed for it.
+    pub range: TokenRange,
+    /// When a step may try it again.
+    pub until: Instant,
+}
+
+/// What compaction leaves alone for now. Reads of what is whole go on, newer tables go on being
+/// merged among themselves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Avoid {
+    /// The places.
+    pub places: Vec<Place>,
+}
+
+impl Avoid {
+    /// Whether this table cannot be an input of a step over this range.
+    fn holds(&self, table: TableId, range: &TokenRange) -> bool {
+        self.places.iter().any(|place| place.table == table && place.range.overlaps(range))
+    }
+
+    fn forbids(&self, step: &Step) -> bool {
+        !self.places.is_empty()
+            && step.upper.iter().chain(&step.last).any(|&table| self.holds(table, &step.range))
+    }
+}
+
 /// How far the layout is from its targets.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub struct Pressure {
@@ -203,6 +234,21 @@ impl Pressure {
         }
     }
 
+    /// The pressure that compaction can do something about: without what lies where it cannot go.
+    #[must_use]
+    pub fn around(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Pressure {
+        let mut pressure = Pressure::of(layout, options);
+        let mut stuck = Vec::new();
+        for Place { range, .. } in &avoid.places {
+            if !stuck.contains(range) {
+                stuck.push(*range);
+                pressure.upper -= layout.upper_within(range);
+            }
+        }
+        pressure.upper = pressure.upper.max(0.0);
+        pressure
+    }
+
     /// Bytes to be written until the upper tables are within what is allowed.
     #[must_use]
     pub fn debt(&self) -> f64 {
@@ -221,31 +267,43 @@ impl Pressure {
 /// The next step, if one is due. Costs O(tables).
 #[must_use]
 pub fn plan(layout: &Layout, options: &PlanOptions, now: WallMicros, mode: Mode) -> Option<Step> {
-    if let Some(step) = tier_step(layout, options) {
+    plan_around(layout, options, now, mode, &Avoid::default())
+}
+
+/// [`plan`], without steps that would read what cannot be read.
+#[must_use]
+pub fn plan_around(
+    layout: &Layout,
+    options: &PlanOptions,
+    now: WallMicros,
+    mode: Mode,
+    avoid: &Avoid,
+) -> Option<Step> {
+    if let Some(step) = tier_step(layout, options, avoid) {
         return Some(step);
     }
-    let pressure = Pressure::of(layout, options);
+    let pressure = Pressure::around(layout, options, avoid);
     let hand_is_due = match mode {
         Mode::Busy => pressure.upper > pressure.allowed,
         Mode::Idle => pressure.upper > options.settle_start * pressure.last,
         Mode::Settle => pressure.upper > options.settle_target * pressure.last,
         Mode::Drain => !layout.upper().is_empty(),
     };
-    if hand_is_due {
-        return hand_step(layout, options);
+    if hand_is_due && let Some(step) = hand_step(layout, options, avoid) {
+        return Some(step);
     }
-    expiry_step(layout, options, now)
+    expiry_step(layout, options, now, avoid)
 }
 
 /// The hand's next step with something to merge.
-fn hand_step(layout: &Layout, options: &PlanOptions) -> Option<Step> {
+fn hand_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<Step> {
     let mut start = layout.hand;
     // At most once round the ring; ranges without upper bytes are passed over.
     for _ in 0..layout.last().len() + 2 * layout.upper().len() + 3 {
         let range = step_range(layout, options, start);
         let after = Token(range.last.0.wrapping_add(1));
         let step = step_over(layout, range, Some(after));
-        if !step.upper.is_empty() {
+        if !step.upper.is_empty() && !avoid.forbids(&step) {
             return Some(step);
         }
         start = after;
@@ -352,20 +410,49 @@ fn to_u64(bytes: f64) -> u64 {
 }
 
 /// Merges a few upper tables into one where too many meet.
-fn tier_step(layout: &Layout, options: &PlanOptions) -> Option<Step> {
+fn tier_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<Step> {
     let arcs = layout.arcs();
     if arcs.depth_max() <= options.runs_max {
         return None;
     }
     let depth = |arc: usize| arcs.tables_of(arc).len();
-    let start = (0..arcs.len()).find(|&arc| depth(arc) == arcs.depth_max())?;
+    let deepest = (0..arcs.len()).find(|&arc| depth(arc) == arcs.depth_max())?;
+    let step = tier_step_at(layout, options, avoid, deepest);
+    if step.is_some() || avoid.places.is_empty() {
+        return step;
+    }
+    let mut deep: Vec<usize> =
+        (0..arcs.len()).filter(|&arc| depth(arc) > options.runs_max).collect();
+    deep.sort_by_key(|&arc| std::cmp::Reverse(depth(arc)));
+    deep.into_iter().find_map(|arc| tier_step_at(layout, options, avoid, arc))
+}
+
+/// Merges a few upper tables from arc `start` on.
+fn tier_step_at(
+    layout: &Layout,
+    options: &PlanOptions,
+    avoid: &Avoid,
+    start: usize,
+) -> Option<Step> {
+    let arcs = layout.arcs();
+    let depth = |arc: usize| arcs.tables_of(arc).len();
     let entry = |place: u32| &layout.upper()[usize::try_from(place).expect("64-bit host")];
     let here: Vec<u32> = arcs.tables_of(start).iter().map(|table| table.place).collect();
     let density = |place: &u32| to_f64(entry(*place).live_bytes) / entry(*place).live.width();
     // Of equally light windows the oldest: merged tables gather at the old end.
     let width = options.tier_width.min(here.len()).max(2);
     let weight = |window: &[u32]| window.iter().map(density).sum::<f64>();
-    let chosen = here.windows(width).rev().min_by(|a, b| weight(a).total_cmp(&weight(b)))?;
+    let is_whole = |window: &[u32], arc: usize| {
+        let range = arcs.range(arc);
+        avoid.places.is_empty() || !window.iter().any(|&at| avoid.holds(entry(at).id(), &range))
+    };
+    let lightest = |width: usize| {
+        let windows = here.windows(width).rev().filter(|window| is_whole(window, start));
+        windows.min_by(|a, b| weight(a).total_cmp(&weight(b)))
+    };
+    // Fewer than `width` only beside a table that cannot be read.
+    let least = if avoid.places.is_empty() { width } else { 2 };
+    let chosen = (least..=width).rev().find_map(lightest)?;
 
     let holds_all = |arc: usize| {
         chosen.iter().all(|place| arcs.tables_of(arc).iter().any(|table| table.place == *place))
@@ -375,7 +462,8 @@ fn tier_step(layout: &Layout, options: &PlanOptions) -> Option<Step> {
         |range: &TokenRange| chosen.iter().map(|p| entry(*p).bytes_within(range)).sum::<f64>();
     let limit = 2.0 * to_f64(options.table_size);
     for arc in start + 1..arcs.len() {
-        if depth(arc) * 8 < options.runs_max * 7 || !holds_all(arc) || bytes_of(&range) >= limit {
+        let merges_on = depth(arc) * 8 >= options.runs_max * 7 && holds_all(arc);
+        if !merges_on || !is_whole(chosen, arc) || bytes_of(&range) >= limit {
             break;
         }
         range.last = arcs.range(arc).last;
@@ -398,7 +486,12 @@ fn tier_step(layout: &Layout, options: &PlanOptions) -> Option<Step> {
 }
 
 /// Rewrites a last-level table much of which has expired since it was written.
-fn expiry_step(layout: &Layout, options: &PlanOptions, now: WallMicros) -> Option<Step> {
+fn expiry_step(
+    layout: &Layout,
+    options: &PlanOptions,
+    now: WallMicros,
+    avoid: &Avoid,
+) -> Option<Step> {
     let expired = |entry: &Entry| {
         let summary = &entry.summary;
         // What had expired before it was written is still there for a reason: it may not go yet.
@@ -410,11 +503,16 @@ fn expiry_step(layout: &Layout, options: &PlanOptions, now: WallMicros) -> Optio
         let passed = if now >= to { 1.0 } else { (now - from) / (to - from) };
         passed * to_f64(summary.expiring_count) / to_f64(summary.record_count.max(1))
     };
-    let worst = layout.last().iter().max_by(|a, b| expired(a).total_cmp(&expired(b)))?;
+    let worst = layout
+        .last()
+        .iter()
+        .filter(|entry| !avoid.holds(entry.id(), &entry.summary.span))
+        .max_by(|a, b| expired(a).total_cmp(&expired(b)))?;
     if expired(worst) < options.expired_target {
         return None;
     }
-    Some(step_over(layout, worst.summary.span, None))
+    let step = step_over(layout, worst.summary.span, None);
+    (!avoid.forbids(&step)).then_some(step)
 }
 
 /// Where a compaction's output is cut into tables.

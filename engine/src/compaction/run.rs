@@ -14,7 +14,7 @@ use futures_util::future::try_join_all;
 use super::merge::{Merge, MergeStats, Retention, Source, Step as Want};
 use super::output::{Breath, Ended, Outcome, Output, Written, work_of};
 use super::pace::Pace;
-use super::plan::{Cutter, Mode, PlanOptions, Pressure, Step, plan};
+use super::plan::{Avoid, Cutter, Mode, Place, PlanOptions, Pressure, Step, plan_around};
 use crate::disk::{Disk, File};
 use crate::error::{Error, Result};
 use crate::model::{RecordRef, Token, TokenRange};
@@ -30,6 +30,11 @@ const READ_MEMORY: usize = 16 << 20;
 /// Bounds of one read, in bytes.
 const READ_MIN: usize = 64 << 10;
 const READ_MAX: usize = 1 << 20;
+
+/// How long a damaged range is left alone before a step tries it again, in nanoseconds.
+const DAMAGE_NANOS: u64 = 600_000_000_000;
+/// The same for a range that the disk failed to read.
+const FAULT_NANOS: u64 = 60_000_000_000;
 
 /// How to compact.
 #[derive(Clone, Debug)]
@@ -69,6 +74,8 @@ pub struct CompactorStats {
     pub tier_steps: u64,
     /// Steps that failed.
     pub failed: u64,
+    /// Ranges of tables that are left alone at present, because they could not be read.
+    pub avoided: usize,
     /// Bytes read of tables.
     pub bytes_read: u64,
     /// Bytes written to tables.
@@ -88,6 +95,8 @@ pub struct Compactor<D: Disk, R: Runtime> {
     running: Cell<bool>,
     /// The hand has set out in idle time and has not come to rest.
     settling: Cell<bool>,
+    /// What could not be read of late.
+    avoid: RefCell<Avoid>,
     stats: Cell<CompactorStats>,
 }
 
@@ -111,6 +120,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             stop,
             running: Cell::new(false),
             settling: Cell::new(false),
+            avoid: RefCell::default(),
             stats: Cell::default(),
         }
     }
@@ -118,8 +128,8 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
     /// Does the next step, if one is due; false when there was nothing to do, or on a stop.
     ///
     /// # Errors
-    /// Of the disk or of damaged inputs. State: as before, the step's files are removed; after
-    /// damage the hand has moved past the damaged range, so that the next step works elsewhere.
+    /// Of the disk or of damaged inputs. State: as before, the step's files are removed; an input
+    /// that could not be read is left alone for a while, so that the next step works elsewhere.
     ///
     /// # Panics
     /// When a step is running: there is one background task.
@@ -141,7 +151,11 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             Mode::Idle if self.settling.get() => Mode::Settle,
             mode => mode,
         };
-        let step = plan(set.layout(), &self.options.plan, self.runtime.wall(), mode);
+        self.forget_avoided(&set);
+        let step = {
+            let (avoid, now) = (self.avoid.borrow(), self.runtime.wall());
+            plan_around(set.layout(), &self.options.plan, now, mode, &avoid)
+        };
         if mode != Mode::Busy {
             self.settling.set(step.as_ref().is_some_and(|step| step.hand.is_some()));
         }
@@ -151,6 +165,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             Err(Ended::Stopped) => Ok(false),
             Err(Ended::Failed(error)) => {
                 self.count(|stats| stats.failed += 1);
+                self.avoid_input(&step, &error);
                 if let (Error::Corrupt { .. }, Some(hand)) = (&error, step.hand) {
                     let edit = TableSetEdit { hand: Some(hand), ..TableSetEdit::default() };
                     self.tables.commit(Vec::new(), |_| edit).await?;
@@ -163,7 +178,42 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
     /// How far the tables are from their targets.
     #[must_use]
     pub fn pressure(&self) -> Pressure {
-        Pressure::of(self.tables.current().layout(), &self.options.plan)
+        let avoid = self.avoid.borrow();
+        Pressure::around(self.tables.current().layout(), &self.options.plan, &avoid)
+    }
+
+    /// After a failed step: if it was an input that could not be read, no step tries that table
+    /// in that range for a while.
+    fn avoid_input(&self, step: &Step, error: &Error) {
+        let (path, nanos) = match error {
+            Error::Corrupt { path, .. } => (path, DAMAGE_NANOS),
+            Error::Io { path, .. } => (path, FAULT_NANOS),
+            _ => return,
+        };
+        let mut inputs = step.upper.iter().chain(&step.last);
+        let Some(&table) = inputs.find(|&&id| self.tables.identity(id).path == *path) else {
+            return;
+        };
+        tracing::error!(
+            %error,
+            minutes = nanos / 60_000_000_000,
+            "compaction leaves this table alone where it cannot be read; what is whole is served"
+        );
+        let until = self.runtime.now().after_nanos(nanos);
+        let avoid = &mut *self.avoid.borrow_mut();
+        avoid.places.push(Place { table, range: step.range, until });
+        self.count(|stats| stats.avoided = avoid.places.len());
+    }
+
+    /// Forgets what is to be tried again, and tables that are gone.
+    fn forget_avoided(&self, set: &TableSet<D::File>) {
+        let avoid = &mut *self.avoid.borrow_mut();
+        if avoid.places.is_empty() {
+            return;
+        }
+        let now = self.runtime.now();
+        avoid.places.retain(|place| place.until > now && set.table(place.table).is_some());
+        self.count(|stats| stats.avoided = avoid.places.len());
     }
 
     /// What has been done.

@@ -122,6 +122,8 @@ pub struct Counters {
     pub flushed_bytes: u64,
     /// Reads that met a block that fails its check.
     pub corrupt_reads: u64,
+    /// Reads that the disk failed.
+    pub failed_reads: u64,
 }
 
 /// Where a shard stands, for metrics and `stats`.
@@ -157,6 +159,10 @@ pub struct ShardStats {
     pub pinned_bytes: usize,
     /// Compaction steps done.
     pub compactions: u64,
+    /// Steps that failed.
+    pub compactions_failed: u64,
+    /// Ranges of tables that compaction leaves alone at present, because it cannot read them.
+    pub ranges_unreadable: usize,
     /// Bytes that compaction has read.
     pub compaction_read_bytes: u64,
     /// Bytes that compaction has written.
@@ -328,6 +334,8 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             table_records: tables.records,
             pinned_bytes: set.tables().map(|table| table.memory()).sum(),
             compactions: compactor.steps + compactor.tier_steps,
+            compactions_failed: compactor.failed,
+            ranges_unreadable: compactor.avoided,
             compaction_read_bytes: compactor.bytes_read,
             compacted_bytes: compactor.bytes_written,
             debt_bytes: tables.upper_bytes,

@@ -241,7 +241,9 @@ impl<F: File> PendingRead<F> {
                 Ok(block) => Rc::new(block),
                 Err(error) => {
                     let corrupt = matches!(error, Error::Corrupt { .. });
-                    state.stats.borrow_mut().corrupt_reads += u64::from(corrupt);
+                    let stats = &mut *state.stats.borrow_mut();
+                    stats.corrupt_reads += u64::from(corrupt);
+                    stats.failed_reads += u64::from(!corrupt);
                     return Err(error);
                 }
             };

@@ -38,10 +38,10 @@ impl SimFile {
         let disk = &self.disk;
         let verdict = disk.begin(Op::Read, &self.path, offset, len).await;
         let fault = match verdict {
-            Verdict::Fail(errno) => return Err(self.failure(Op::Read, errno)),
+            Verdict::Fail(errno) => return Err(self.failure_at(Op::Read, offset, errno)),
             Verdict::Cut | Verdict::EffectThenCut => {
                 disk.cut().await;
-                return Err(self.failure(Op::Read, EIO));
+                return Err(self.failure_at(Op::Read, offset, EIO));
             }
             Verdict::Go(fault) => fault,
         };
@@ -61,7 +61,11 @@ impl SimFile {
             }
             buf
         };
-        if disk.end(Op::Read, verdict).await { Ok(buf) } else { Err(self.failure(Op::Read, EIO)) }
+        if disk.end(Op::Read, verdict).await {
+            Ok(buf)
+        } else {
+            Err(self.failure_at(Op::Read, offset, EIO))
+        }
     }
 
     async fn write(
@@ -88,18 +92,18 @@ impl SimFile {
                         inode.change(part);
                     }
                 }
-                return (buf, Err(self.failure(Op::Write, errno)));
+                return (buf, Err(self.failure_at(Op::Write, offset, errno)));
             }
             Verdict::Cut => {
                 disk.cut().await;
-                return (buf, Err(self.failure(Op::Write, EIO)));
+                return (buf, Err(self.failure_at(Op::Write, offset, EIO)));
             }
             Verdict::Go(_) | Verdict::EffectThenCut => {}
         }
         let sequence =
             self.inode.borrow_mut().change(Change::Write { offset: start, bytes: buf.to_vec() });
         if !disk.end(Op::Write, verdict).await {
-            return (buf, Err(self.failure(Op::Write, EIO)));
+            return (buf, Err(self.failure_at(Op::Write, offset, EIO)));
         }
         match mode {
             WriteMode::Cached => self.inode.borrow_mut().returned(sequence),
@@ -146,6 +150,12 @@ impl SimFile {
         }
         self.inode.borrow_mut().returned(sequence);
         Ok(())
+    }
+
+    /// As the production driver says it.
+    fn failure_at(&self, op: Op, offset: u64, errno: i32) -> Error {
+        let what = format!("{op:?} at offset {offset} of (simulated)");
+        Error::io(what, self.path.as_path(), std::io::Error::from_raw_os_error(errno))
     }
 
     fn failure(&self, op: Op, errno: i32) -> Error {

@@ -414,6 +414,52 @@ fn a_damaged_input_fails_its_step_and_the_hand_moves_on() {
 }
 
 #[test]
+fn a_damaged_run_does_not_keep_the_others_from_being_merged() {
+    let mut world = World::new(32);
+    // Too few bytes for the hand to be due, too many runs for a read.
+    world.compactor.as_mut().unwrap().options.plan.memtable_size = 64 << 10;
+    world.write_and_flush(40);
+    world.write_and_flush(40);
+    let victim = world.tables().current().upper()[0].id();
+    let path = world.tables().identity(victim).path;
+    world.disk.flip_bit(&path, 8 * 100);
+    let mut failed = 0;
+    for _ in 0..60 {
+        world.write_and_flush(4);
+        loop {
+            match world.step(Mode::Busy) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(Error::Corrupt { path: named, .. }) => {
+                    assert_eq!(named, path);
+                    failed += 1;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    assert!((1..=8).contains(&failed), "{failed}");
+    let set = world.tables().current();
+    assert!(set.table(victim).is_some());
+    let depth = set.layout().arcs().depth_max();
+    assert!(depth <= 8, "{depth} runs meet");
+    drop(set);
+    let stats = world.compactor().stats();
+    assert!(stats.tier_steps > 10 && stats.avoided > 0, "{stats:?}");
+    // Left alone for ten minutes, then tried again.
+    let runtime = world.executor.runtime();
+    world.executor.run(runtime.sleep_until(runtime.now().after_nanos(DAMAGE_NANOS)));
+    assert!((0..40).any(|_| world.step(Mode::Drain).is_err()));
+    // Until an operator puts the file back.
+    world.disk.flip_bit(&path, 8 * 100);
+    world.executor.run(runtime.sleep_until(runtime.now().after_nanos(DAMAGE_NANOS)));
+    world.settle(Mode::Drain);
+    assert_eq!(world.compactor().stats().avoided, 0);
+    world.check_now();
+    world.check_files();
+}
+
+#[test]
 fn open_removes_what_no_edit_names_and_refuses_what_is_missing() {
     let mut world = World::new(31);
     world.write_and_flush(50);

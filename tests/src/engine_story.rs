@@ -14,6 +14,7 @@ use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::log::format::{BatchHeader, SEGMENT_HEADER_SIZE, SegmentHeader};
 use annulus_engine::model::NamespaceId;
+use annulus_engine::options::{Options, SpaceOptions};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Condition, Merge, Mutation};
 use annulus_engine::sim::{Chance, Fault, Op, Rule, SimDisk, SimDiskOptions, SimExecutor};
@@ -24,6 +25,10 @@ use crate::store::{Book, Store, check_files, contents, open, read, tiny_options}
 use crate::workload::{Mix, Operation, Workload, token_of};
 
 pub(crate) fn new_store(seed: u64) -> Store {
+    new_store_with(seed, tiny_options())
+}
+
+fn new_store_with(seed: u64, options: Options) -> Store {
     let executor = SimExecutor::new(seed);
     let disk = SimDisk::new(&executor.runtime(), SimDiskOptions::seeded(seed));
     // The node's directory is there, and locked, before its shards are opened.
@@ -31,7 +36,7 @@ pub(crate) fn new_store(seed: u64) -> Store {
         disk.create_dir(Path::new("data")).await.unwrap();
         disk.sync_dir(Path::new("")).await.unwrap();
     });
-    Store::new(seed, disk, executor, tiny_options())
+    Store::new(seed, disk, executor, options)
 }
 
 /// Random operations, each answer held against the model; nothing breaks.
@@ -209,6 +214,49 @@ pub fn tell_faults(seed: u64, operations: usize, mix: Mix, rules: &[Rule]) {
     store.check_all();
 }
 
+/// T18: the disk fills up, and space returns. Writes are refused, reads go on, nothing is lost,
+/// and no restart is needed.
+pub fn tell_full(seed: u64, space: SpaceOptions) {
+    let capacity = 900 << 10;
+    let options = Options { space, ..tiny_options() };
+    let mut store = new_store_with(seed, options);
+    store.disk.set_capacity(capacity);
+    assert!(store.open());
+    let mix = Mix {
+        key_count: 2_000,
+        value_size_max: 2_000,
+        weights: [10, 60, 3, 1, 1, 0, 0, 0, 2, 0],
+        ttl_one_in: 0,
+        ..Mix::default()
+    };
+    for operation in Workload::new(seed, mix).take(4_000) {
+        store.perform(&operation);
+        if store.refused_for_space > 20 {
+            break;
+        }
+    }
+    assert!(store.refused_for_space > 0, "the disk never got full");
+    store.settle();
+    assert!(store.shard().poisoned().is_none(), "{:?}", store.shard().poisoned());
+    store.check_all();
+    // Space returns: everything goes on by itself.
+    store.disk.set_capacity(capacity * 8);
+    store.executor.run_for_nanos(5_000_000_000);
+    let refused = store.refused_for_space;
+    for operation in Workload::new(seed + 1, mix).take(300) {
+        store.perform(&operation);
+    }
+    assert_eq!(store.refused_for_space, refused, "space has returned, writes have not");
+    store.perform(&Operation::Flush);
+    store.perform(&Operation::Compact);
+    store.check_all();
+    store.crash();
+    assert!(store.open());
+    store.settle_survivors();
+    store.check_all();
+    store.check_no_leak();
+}
+
 /// Every kind of failure at the `nth` operation of each kind, from the second third on.
 #[must_use]
 pub fn single_faults(nth: u64) -> Vec<Rule> {
@@ -322,8 +370,8 @@ fn last_segment(disk: &SimDisk) -> Option<PathBuf> {
         BatchHeader::decode(&bytes[start..], salt, offset).ok()
     };
     let files = disk.files().into_iter().map(|(path, _)| path);
-    let segments = files.filter(|path| path.extension().is_some_and(|e| e == "log"));
-    segments.filter(|path| written(path).is_some()).next_back()
+    let mut segments = files.filter(|path| path.extension().is_some_and(|e| e == "log"));
+    segments.rfind(|path| written(path).is_some())
 }
 
 /// A store with tables of both levels, a manifest with edits and a log, closed cleanly.

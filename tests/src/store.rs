@@ -144,6 +144,8 @@ pub struct Store {
     pub executor: SimExecutor,
     /// The disk of this life.
     pub disk: SimDisk,
+    /// Writes that were refused because the disk is full.
+    pub refused_for_space: u64,
     /// The book of all lives.
     pub book: Rc<RefCell<Book>>,
     options: Options,
@@ -163,6 +165,7 @@ impl Store {
         Store {
             executor,
             disk,
+            refused_for_space: 0,
             book: Rc::default(),
             options,
             identity: identity(),
@@ -346,6 +349,10 @@ impl Store {
             Ok(Outcome::Applied(applied)) => applied,
             Ok(Outcome::ConditionFalse(_)) => return,
             Err(Error::Busy { .. }) => return self.settle(),
+            Err(Error::Full { .. }) => {
+                self.refused_for_space += 1;
+                return self.settle();
+            }
             Err(Error::Invalid { what }) if has_siblings && what.contains("siblings") => return,
             Err(error) => return self.accept(&error, "a write"),
         };

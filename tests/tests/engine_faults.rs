@@ -1,8 +1,11 @@
 //! T11, T12, T14 to T16, T18: failing operations, a full disk, damaged, missing and foreign files.
 //! The answer is right or a clear error; never wrong, never "absent" for what is there.
 
+use annulus_engine::options::SpaceOptions;
 use annulus_engine::sim::{Chance, Fault, Op, Rule};
-use annulus_tests::engine_story::{single_faults, tell_damage, tell_faults, tell_foreign};
+use annulus_tests::engine_story::{
+    single_faults, tell_damage, tell_faults, tell_foreign, tell_full,
+};
 use annulus_tests::workload::Mix;
 
 fn mix() -> Mix {
@@ -55,4 +58,22 @@ fn files_in_wrong_places_are_refused_or_harmless() {
     let verdicts = tell_foreign(3);
     println!("{verdicts:?}");
     assert!(verdicts.struck >= 5 && verdicts.refused + verdicts.partial > 0, "{verdicts:?}");
+}
+
+#[test]
+fn a_full_disk_refuses_writes_and_goes_on_when_space_returns() {
+    for seed in 0..4 {
+        println!("seed {seed}, space is kept back");
+        let space =
+            SpaceOptions { pace_below: 400 << 10, refuse_below: 300 << 10, reserve: 150 << 10 };
+        tell_full(seed, space);
+    }
+}
+
+#[test]
+fn a_disk_that_gets_full_to_the_last_byte_loses_nothing() {
+    for seed in 10..14 {
+        println!("seed {seed}");
+        tell_full(seed, SpaceOptions { pace_below: 0, refuse_below: 0, reserve: 0 });
+    }
 }

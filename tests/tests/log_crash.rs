@@ -53,3 +53,11 @@ fn a_periodic_log_never_spins_on_a_deadline_that_it_cannot_act_on() {
     // theirs, and the writer polled the clock without ever yielding: the shard hung.
     tell(LogStory { seed: 301, steps: 200, image_one_in: 50, faults: false, periodic: true });
 }
+
+#[test]
+fn a_periodic_log_that_was_closed_cleanly_is_found_closed() {
+    // Seed 1882389721645114: a mark of the quiet time was written without a sync, the close
+    // record behind it with one; the power cut took the mark, and the close was not found.
+    let seed = 1_882_389_721_645_114;
+    tell(LogStory { seed, steps: 267, image_one_in: 56, faults: false, periodic: true });
+}

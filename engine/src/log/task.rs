@@ -279,7 +279,8 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
         .sealed(segment.salt, self.offset);
         batch.buf[..BATCH_HEADER_SIZE].copy_from_slice(bytemuck::bytes_of(&header));
         let size = batch.buf.len() as u64;
-        let durable = self.window_nanos.is_none() || batch.close;
+        // A mark is durable at once: what is written behind it could not be found without it.
+        let durable = self.window_nanos.is_none() || batch.close || batch.count == 0;
         let mode = if durable { WriteMode::Durable } else { WriteMode::Cached };
         {
             let mut state = self.shared.state.borrow_mut();
@@ -325,7 +326,9 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
         self.written = batch.last();
         let header = BatchHeader::size_of_records(&batch.buf);
         self.shared.pending.set(self.shared.pending.get() - header);
-        if mode == WriteMode::Durable {
+        if batch.count == 0 {
+            // A mark says nothing of the records before it that were written and not synced.
+        } else if mode == WriteMode::Durable {
             self.shared.durable.set(self.written);
             self.acknowledge(&batch, header);
         } else if self.dirty.iter().all(|(id, _)| *id != segment) {

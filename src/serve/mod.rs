@@ -16,7 +16,7 @@ mod shard;
 
 use std::fmt;
 use std::io::Write as _;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -78,6 +78,12 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     ignore_signals();
     let config = Arc::new(config);
     let (tell, told) = mpsc::channel();
+    if !config.join.is_empty() {
+        return Err(ServeError::new(
+            "join: nodes do not form clusters yet; a node that was asked to join would serve alone",
+        ));
+    }
+    check_port(config.listen)?;
     let first_listener = listen(config.listen).map_err(ServeError::new)?;
     let client = first_listener.local_addr().map_err(ServeError::new)?;
     // Nothing is spoken there yet; the port is taken so that no other process gets it.
@@ -162,6 +168,16 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     match ended {
         Some(what) => Err(ServeError::new(what)),
         None => finished,
+    }
+}
+
+/// Refuses an address that another process listens on. The shards' listeners share their port
+/// with one another, so the kernel would let a second server in, and deal out the connections of
+/// one address to two stores.
+fn check_port(address: SocketAddr) -> Result<(), ServeError> {
+    match TcpListener::bind(address) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(ServeError::new(format!("listen on {address}: {error}"))),
     }
 }
 
@@ -259,5 +275,22 @@ fn ignore_signals() {
     for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
         // SAFETY: ignoring a signal installs no handler and touches no memory of ours.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_shards_of_another_process_share_is_refused() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let theirs = listen(any).unwrap();
+        let address = theirs.local_addr().unwrap();
+        assert!(listen(address).is_ok(), "shards share their port");
+        assert!(check_port(address).unwrap_err().to_string().contains("in use"));
+        drop(theirs);
+        assert!(check_port(address).is_ok());
+        assert!(check_port(any).is_ok());
     }
 }

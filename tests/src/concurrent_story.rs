@@ -18,7 +18,8 @@ use annulus_engine::{Error, Result};
 
 use crate::engine_story::{CrashStory, Images, new_store, watch_crashes};
 use crate::model::{Effect, KeyName, name};
-use crate::store::{Book, SimShard, readable};
+use crate::reading::readable;
+use crate::store::{Book, SimShard};
 use crate::workload::{SIBLINGS, Workload, token_of};
 
 type Version = (Timestamp, Dot);

@@ -21,7 +21,8 @@ use annulus_engine::sim::{Chance, Fault, Op, Rule, SimDisk, SimDiskOptions, SimE
 
 use crate::faults::Damage;
 use crate::model::name;
-use crate::store::{Book, Store, check_files, contents, open, read, tiny_options};
+use crate::reading::{check_files, contents, read};
+use crate::store::{Book, Store, open, tiny_options};
 use crate::workload::{Mix, Operation, Workload, token_of};
 
 pub(crate) fn new_store(seed: u64) -> Store {

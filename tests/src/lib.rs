@@ -8,5 +8,6 @@ pub mod engine_story;
 pub mod faults;
 pub mod log_story;
 pub mod model;
+pub mod reading;
 pub mod store;
 pub mod workload;

@@ -1,3 +1,5 @@
+//! How flags become threads and their loads, which flags are refused, and the exit code.
+
 use clap::Parser;
 
 use super::*;

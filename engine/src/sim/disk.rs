@@ -31,7 +31,7 @@ pub(super) const ENOSPC: i32 = 28;
 pub struct SimDiskOptions {
     /// Chance of delays, of partial failures and of the seed of survivors' disks.
     pub seed: u64,
-    /// What [`File::alignment`] says, in bytes; a power of two, at least 512. Default 512.
+    /// What [`File::alignment`](crate::disk::File::alignment) says, in bytes; a power of two, at least 512. Default 512.
     pub alignment: usize,
     /// Size of the file system in bytes. Default 1 TiB.
     pub capacity: u64,

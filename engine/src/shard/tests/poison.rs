@@ -122,8 +122,8 @@ fn whichever_operation_fails_nothing_acknowledged_is_lost_and_writes_resume() {
         let mut expected = Expected::default();
         world.disk.inject(Rule::nth_of_any(nth, Fault::Eio));
         let mut lives = 1;
-        for i in 0..1200 {
-            let value = [i as u8; 150];
+        for i in 0..1200_u32 {
+            let value = [i.to_le_bytes()[0]; 150];
             if !put(&world, &shard, &mut expected, &format!("key{}", i % 400), &value) {
                 shard = reopen(&world, shard);
                 lives += 1;

@@ -45,7 +45,7 @@ pub(crate) fn join(values: Vec<Vec<u8>>) -> Option<Vec<u8>> {
 /// What a reader gets of one key.
 ///
 /// # Errors
-/// As [`Shard::get`].
+/// As [`Shard::get`](annulus_engine::shard::Shard::get).
 pub async fn read(shard: &SimShard, key: &KeyName, now_ms: u64) -> Result<Option<Vec<u8>>> {
     let record = shard.get(token_of(key), key.0, &key.1).await?;
     Ok(record.and_then(|record| readable(&record.as_ref(), now_ms)))
@@ -54,7 +54,7 @@ pub async fn read(shard: &SimShard, key: &KeyName, now_ms: u64) -> Result<Option
 /// All that a reader sees, by one scan.
 ///
 /// # Errors
-/// As [`Shard::scan`].
+/// As [`Shard::scan`](annulus_engine::shard::Shard::scan).
 pub async fn contents(shard: &SimShard, now_ms: u64) -> Result<Contents> {
     let request = ScanRequest { range: TokenRange::FULL, after: b"", namespace: None };
     let mut found = Contents::new();

@@ -46,8 +46,8 @@ numbers! {
     gets;
     /// Get requests that found a value.
     get_hits;
-    /// Gets answered from the memtables.
-    get_memtable_hits;
+    /// Gets answered without a read of the disk: from memtables and cached blocks.
+    get_memory_hits;
     /// Put requests answered with success.
     puts;
     /// Delete requests answered with success.
@@ -106,18 +106,12 @@ numbers! {
     cache_hits;
     /// Blocks not found in the block cache.
     cache_misses;
-    /// Tables not read because their filter said the key is absent.
-    filter_negatives;
-    /// Tables read in vain: the filter could not say.
-    filter_false_positives;
     /// Blocks or records that failed their checksum.
     corruptions;
     /// Nanoseconds during which writes were slowed because compaction was behind.
     write_delay_nanos;
     /// Times the shard's loop ran.
     turns;
-    /// Times the shard went to sleep.
-    parks;
 }
 
 numbers! {
@@ -162,14 +156,10 @@ numbers! {
 pub struct ShardMetrics {
     /// What was counted.
     pub counters: Counters,
-    /// From a get's frame to its reply.
+    /// From the turn that took a get's frame to the end of the turn that answered it.
     pub read_latency: Latency,
     /// From a write's frame to its reply.
     pub write_latency: Latency,
-    /// From a batch's hand-over to the kernel to its completion.
-    pub log_latency: Latency,
-    /// From a block read's submission to its completion.
-    pub device_latency: Latency,
 }
 
 /// A copy of a shard's state for other threads.
@@ -291,8 +281,6 @@ impl NodeSnapshot {
             counters: self.counters(),
             read_latency: self.latency(|m| &m.read_latency),
             write_latency: self.latency(|m| &m.write_latency),
-            log_latency: self.latency(|m| &m.log_latency),
-            device_latency: self.latency(|m| &m.device_latency),
         };
         let shards: Vec<Value> = self
             .shards
@@ -408,11 +396,9 @@ impl NodeSnapshot {
 
     fn latencies_to_prometheus(&self, text: &mut String) {
         type Pick = fn(&ShardMetrics) -> &Latency;
-        let all: [(&str, &str, Pick); 4] = [
+        let all: [(&str, &str, Pick); 2] = [
             ("read_latency_seconds", "From a get's frame to its reply.", |m| &m.read_latency),
             ("write_latency_seconds", "From a write's frame to its reply.", |m| &m.write_latency),
-            ("log_latency_seconds", "Write of a log batch.", |m| &m.log_latency),
-            ("device_latency_seconds", "Read of a block.", |m| &m.device_latency),
         ];
         for (name, help, pick) in all {
             heading(text, name, help, "histogram");
@@ -452,8 +438,6 @@ fn numbers_json(metrics: &ShardMetrics, gauges: &Gauges) -> Map<String, Value> {
         json!({
             "read": metrics.read_latency.to_json(),
             "write": metrics.write_latency.to_json(),
-            "log": metrics.log_latency.to_json(),
-            "device": metrics.device_latency.to_json(),
         }),
     );
     document

@@ -264,7 +264,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         match (probe, target) {
             (Probe::Done(hit), _) => {
                 counters.get_hits += u64::from(hit);
-                counters.get_memtable_hits += u64::from(hit);
+                counters.get_memory_hits += u64::from(hit);
+                self.answered_at_once += 1;
             }
             (Probe::Pending(_), Some(target)) if self.tasks.len() >= TASKS_MAX => {
                 counters.refused_busy += 1;
@@ -513,7 +514,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn finish(&mut self, done: Done, wires: &mut dyn Wires) {
         match done {
             Done::Read { origin, pending, found, began } => {
-                self.metrics.borrow_mut().read_latency.record(self.now.nanos_since(began));
+                let nanos = self.now.nanos_since(began);
+                self.metrics.borrow_mut().read_latency.record(nanos);
+                self.disk_reads.record(nanos);
                 let (wall, secret) = (self.wall, self.secret);
                 let found = match found {
                     Ok(found) => found,

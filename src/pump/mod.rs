@@ -49,7 +49,7 @@ pub use admin::{AdminDesk, AdminJob, disk_level};
 pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
 
-use crate::metrics::{ShardMetrics, ShardSnapshot};
+use crate::metrics::{Latency, ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
 use revive::Revival;
@@ -171,6 +171,10 @@ pub struct Pump<D: Disk, R: Runtime> {
     outbox: Vec<(u32, Message)>,
     desk: Rc<dyn AdminDesk>,
     metrics: Rc<RefCell<ShardMetrics>>,
+    /// Gets of this turn that needed no disk.
+    answered_at_once: u64,
+    /// Reads of the disk since the last look, for the pace of background work.
+    disk_reads: Latency,
     /// Time of this turn.
     now: Instant,
     wall: WallMicros,
@@ -229,6 +233,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             outbox: Vec::new(),
             desk: options.desk,
             metrics: Rc::default(),
+            answered_at_once: 0,
+            disk_reads: Latency::default(),
             now,
             wall,
             next_sweep: now,
@@ -406,6 +412,27 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             worked |= self.sweep_sessions(wires);
         }
         self.send_messages(wires, peers) | worked
+    }
+
+    /// A turn has ended, with its answers on their way: what was answered in it took so long.
+    pub fn end_turn(&mut self) {
+        let metrics = &mut *self.metrics.borrow_mut();
+        metrics.counters.turns += 1;
+        if self.answered_at_once > 0 {
+            let nanos = self.runtime.now().nanos_since(self.now);
+            metrics.read_latency.record_many(nanos, self.answered_at_once);
+            self.answered_at_once = 0;
+        }
+    }
+
+    /// Tells the shard how reads of the disk fared since the last call; called a few times a
+    /// second. `sent_bytes`: of all connections, so far.
+    pub fn look_back(&mut self, sent_bytes: u64) {
+        self.metrics.borrow_mut().counters.sent_bytes = sent_bytes;
+        if self.disk_reads.count() > 0 {
+            self.shard.observe_read_p99(self.disk_reads.quantile_nanos(0.99) / 1000);
+            self.disk_reads.clear();
+        }
     }
 
     /// When [`Pump::turn`] must be called though nothing arrives: deadlines of what waits.

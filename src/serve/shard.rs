@@ -465,10 +465,13 @@ impl Served {
         }) > 0;
         worked |= pump.turn(&mut SocketWires(connections), &mut MeshPeers(port));
         connections.flush();
+        self.pump.end_turn();
         if now >= self.next_note {
             self.next_note = now.after_nanos(NOTE_NANOS);
             let stats = self.pump.shard().stats();
             self.node.note_disk(stats.disk_free_bytes, disk_level(stats.space_level));
+            let sent_bytes = self.sockets.connections().stats().sent_bytes;
+            self.pump.look_back(sent_bytes);
         }
         match self.drain_until {
             Some(until) if now >= until || self.pump.is_idle() => Turn::Stop,

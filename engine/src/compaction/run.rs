@@ -145,6 +145,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         if self.stop.get() {
             return Ok(false);
         }
+        self.tables.settle().await?;
         let set = self.tables.current();
         self.pace.borrow_mut().set_pressure(&self.pressure());
         let mode = match mode {

@@ -71,7 +71,11 @@ impl<D: Disk> SegmentMaker<D> {
     /// What the disk says; the file is gone then, as far as the disk lets us.
     pub(super) async fn recycle(&self, old: &Path, id: u64) -> Result<Segment<D::File>> {
         let temporary = self.dir.join(temporary_name(id));
-        self.disk.rename(old, &temporary).await?;
+        if let Err(error) = self.disk.rename(old, &temporary).await {
+            // Free segments are found by their old name: best effort that none is left over.
+            let _ = self.disk.remove(old).await;
+            return Err(error);
+        }
         let made = async {
             // Durable before the header changes: no `.log` file ever has another's header.
             self.disk.sync_dir(&self.dir).await?;

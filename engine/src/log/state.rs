@@ -111,26 +111,34 @@ impl Batch {
     }
 }
 
+/// Bytes of the last segment that records do not get on a full disk: padding of the batches in
+/// flight, and the few control records without which nothing can be flushed.
+const ROOM_KEPT: u64 = 64 << 10;
+/// Of these, what control records do not get either.
+const ROOM_KEPT_URGENT: u64 = 16 << 10;
+
 /// A buffer that holds a batch without moving.
 fn buffer(batch_size: usize) -> AlignedBuf {
     AlignedBuf::with_capacity(batch_size.next_multiple_of(4096))
 }
 
 impl<D: Disk, R: Runtime> Shared<D, R> {
+    /// `urgent` is what a full log must still take, so that it can be emptied.
     #[inline]
     pub(super) fn append_with(
         &self,
         size: usize,
+        urgent: bool,
         encode: impl FnOnce(&mut AlignedBuf, Lsn),
     ) -> Result<Lsn> {
         let mut state = self.state.borrow_mut();
         if state.refuse {
-            state.admit(self.pending.get() + size)?;
+            state.admit(self.pending.get() + size, urgent)?;
         }
         // Asked before the record is counted, so that a large one is not kept out by small ones;
         // the bound is exceeded by at most one record.
         let pending = self.pending.get();
-        if pending >= self.options.pending_size_max {
+        if pending >= self.options.pending_size_max && !urgent {
             return Err(Error::Busy { what: "too many bytes wait for the commit log" });
         }
         let mut wake = false;
@@ -288,15 +296,16 @@ impl<F> State<F> {
 
     /// Whether an append may go on although something is wrong.
     #[cold]
-    fn admit(&self, pending: usize) -> Result<()> {
+    fn admit(&self, pending: usize, urgent: bool) -> Result<()> {
         if let Some(poison) = &self.poison {
             return Err(poison.clone());
         }
         if self.closing {
             return Err(Error::Busy { what: "the commit log is closed" });
         }
+        let kept_back = if urgent { ROOM_KEPT_URGENT } else { ROOM_KEPT };
         match &self.full {
-            Some(what) if pending as u64 + (64 << 10) > self.room => {
+            Some(what) if pending as u64 + kept_back > self.room => {
                 Err(Error::Full { what: what.clone() })
             }
             _ => Ok(()),

@@ -159,8 +159,9 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
             return Err(bad_size(record));
         }
         let salt = self.shared.record_salt;
-        let lsn =
-            self.shared.append_with(size, |buf, lsn| encode_record(buf, salt, lsn, record))?;
+        let lsn = self
+            .shared
+            .append_with(size, false, |buf, lsn| encode_record(buf, salt, lsn, record))?;
         if self.shared.periodic {
             self.shared.visible.set(lsn.0);
             (self.shared.sink.borrow_mut())(lsn, record);
@@ -169,6 +170,7 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
     }
 
     /// Like [`CommitLog::append`], for what the log says about the shard. The sink is not called.
+    /// It is taken when records no longer are, because without it no memtable can be flushed.
     ///
     /// # Errors
     /// As `append`; `Invalid` for [`Control::Close`], which only [`CommitLog::close`] writes.
@@ -177,7 +179,7 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
             return Err(Error::Invalid { what: "only closing the log writes that".to_owned() });
         }
         let salt = self.shared.record_salt;
-        let lsn = self.shared.append_with(record_size(0, 0), |buf, lsn| {
+        let lsn = self.shared.append_with(record_size(0, 0), true, |buf, lsn| {
             encode_control(buf, salt, lsn, control);
         })?;
         if self.shared.periodic {

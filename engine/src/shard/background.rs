@@ -119,13 +119,21 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             }
             match self.flush_oldest().await {
                 Ok(()) => {
-                    *state.background_error.borrow_mut() = None;
+                    let failed = state.background_error.borrow_mut().take();
+                    if failed.is_some() {
+                        tracing::info!(dir = %state.dir.display(), "flushes succeed again");
+                    }
                     state.work.notify();
                 }
                 Err(error) => {
-                    tracing::error!(dir = %state.dir.display(), %error, "a flush failed");
-                    *state.background_error.borrow_mut() = Some(error);
+                    let before = state.background_error.borrow_mut().replace(error.clone());
+                    if is_news(before.as_ref(), &error) {
+                        tracing::error!(
+                            dir = %state.dir.display(), %error, "a flush failed; it is tried again"
+                        );
+                    }
                     changed.notify();
+                    self.update_pressure();
                     self.pause(RETRY_NANOS).await;
                 }
             }
@@ -138,9 +146,13 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let Some(sealed) = state.memory.borrow().oldest_sealed() else { return Ok(()) };
         // Once the flush is committed, replay begins behind the memtable: the log must hold the
         // ceiling again there before that.
-        let ceiling: Control = state.versions.borrow().ceiling();
-        let lsn = state.log.append_control(ceiling)?;
-        state.log.wait_durable(lsn).await?;
+        // A flush that is tried again finds it there, or a full log would fill with ceilings.
+        if state.ceiling_at.get() <= sealed.last {
+            let ceiling: Control = state.versions.borrow().ceiling();
+            state.ceiling_at.set(state.log.append_control(ceiling)?);
+        }
+        state.log.wait_durable(state.ceiling_at.get()).await?;
+        state.tables.settle().await?;
         let options = FlushOptions {
             table: state.upper_tables.clone(),
             table_size: state.options.compaction.table_size,
@@ -172,6 +184,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         // The log's last record as last seen, and since when it has been the last.
         let mut written = state.log.appended();
         let mut quiet_since = state.runtime.now();
+        let mut failed: Option<Error> = None;
         while !state.stop.get() {
             let ticket = state.work.ticket();
             let now = state.runtime.now();
@@ -181,7 +194,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
             let mode = if idle { Mode::Idle } else { Mode::Busy };
             match state.compactor.step(mode).await {
-                Ok(true) => self.update_pressure(),
+                Ok(true) => {
+                    failed = None;
+                    self.update_pressure();
+                }
                 Ok(false) if idle => {
                     // Nothing is owed: the next flush brings new work.
                     let stopped = state.lifecycle.ticket();
@@ -197,7 +213,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 }
                 Ok(false) => self.pause(SETTLE_NANOS / 4).await,
                 Err(error) => {
-                    tracing::error!(dir = %state.dir.display(), %error, "a compaction failed");
+                    if is_news(failed.as_ref(), &error) {
+                        tracing::error!(dir = %state.dir.display(), %error, "a compaction failed");
+                    }
+                    failed = Some(error);
                     self.pause(RETRY_NANOS).await;
                 }
             }
@@ -208,6 +227,8 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     pub(crate) fn update_pressure(&self) {
         let state = &*self.state;
         let options = &state.options;
+        state.bytes_since_pressure.set(0);
+        state.pressure_epoch.set(state.memory.borrow().epoch());
         let room = options.memtable_size as u64 * (1 + options.memtables_sealed_max as u64);
         let unflushed = Unflushed {
             bytes: state.memory.borrow().bytes() as u64,
@@ -266,6 +287,15 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 }
 
+/// Whether a failure should be told: while the disk is full one line is enough, though every
+/// attempt names another file.
+fn is_news(before: Option<&Error>, now: &Error) -> bool {
+    before.is_none_or(|before| {
+        before.is_full() != now.is_full()
+            || (!now.is_full() && before.to_string() != now.to_string())
+    })
+}
+
 impl<D: Disk, R: Runtime> ShardState<D, R> {
     /// Writes down which blocks are hot. Losing it costs nothing but warmth.
     pub(crate) async fn save_warm_list(&self) -> Result<()> {
@@ -275,14 +305,21 @@ impl<D: Disk, R: Runtime> ShardState<D, R> {
             Err(error) if !error.is_not_found() => return Err(error),
             _ => {}
         }
-        let file = self.disk.open(&new, OpenMode::Create).await?;
-        let mut buf = AlignedBuf::with_capacity(bytes.len() + 4096);
-        buf.extend_from_slice(&bytes);
-        buf.pad_to(file.alignment());
-        file.write_at(0, buf, WriteMode::Cached).await.1?;
-        file.set_len(bytes.len() as u64).await?;
-        file.sync().await?;
-        self.disk.rename(&new, &name).await?;
+        let written = async {
+            let file = self.disk.open(&new, OpenMode::Create).await?;
+            let mut buf = AlignedBuf::with_capacity(bytes.len() + 4096);
+            buf.extend_from_slice(&bytes);
+            buf.pad_to(file.alignment());
+            file.write_at(0, buf, WriteMode::Cached).await.1?;
+            file.set_len(bytes.len() as u64).await?;
+            file.sync().await?;
+            self.disk.rename(&new, &name).await
+        };
+        if let Err(error) = written.await {
+            // Nothing half written stays.
+            let _ = self.disk.remove(&new).await;
+            return Err(error);
+        }
         self.disk.sync_dir(&self.dir).await
     }
 

@@ -82,6 +82,8 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) compactor: Compactor<D, R>,
     pub(crate) cache: RefCell<BlockCache>,
     pub(crate) versions: RefCell<Versions>,
+    /// Which record of the log holds the ceiling in force; zero when none of this life does.
+    pub(crate) ceiling_at: Cell<Lsn>,
     pub(crate) unsettled: RefCell<Unsettled>,
     pub(crate) space: SpaceWatch,
     pub(crate) stats: RefCell<Counters>,
@@ -93,6 +95,9 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) pace: Rc<RefCell<Pace>>,
     /// By how many nanoseconds each written byte is slowed now.
     pub(crate) delay_per_byte: Cell<f64>,
+    /// Bytes written since, and the memtables as they were, when that was last computed.
+    pub(crate) bytes_since_pressure: Cell<usize>,
+    pub(crate) pressure_epoch: Cell<u64>,
     pub(crate) throttle: RefCell<WriteThrottle>,
     /// 99th percentile of point reads since the pace last looked, in microseconds.
     pub(crate) read_p99_us: Cell<Option<u64>>,
@@ -275,9 +280,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     /// `Poisoned` or `Io` if the log could not be closed; nothing acknowledged is lost.
     pub async fn close(&self) -> Result<()> {
         self.stop_tasks().await;
-        let warm = self.state.save_warm_list().await;
-        self.state.log.close().await?;
-        warm
+        if let Err(error) = self.state.save_warm_list().await {
+            tracing::warn!(%error, "the list of hot blocks was not saved: the next start is cold");
+        }
+        self.state.log.close().await
     }
 
     /// By how many nanoseconds the answer to a write of `bytes` must be held back, so that debts
@@ -285,6 +291,14 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     #[inline]
     #[must_use]
     pub fn write_delay_nanos(&self, bytes: usize, now: Instant) -> u64 {
+        // Memory may fill within one of the looks that the clock brings.
+        let written = self.state.bytes_since_pressure.get() + bytes;
+        self.state.bytes_since_pressure.set(written);
+        if written >= self.state.options.memtable_size / 16
+            || self.state.pressure_epoch.get() != self.state.memory.borrow().epoch()
+        {
+            self.update_pressure();
+        }
         let per_byte = self.state.delay_per_byte.get();
         if per_byte <= 0.0 {
             return 0;

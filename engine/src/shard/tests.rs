@@ -9,6 +9,7 @@ use crate::model::{NamespaceId, OriginId, Record, Token, TokenRange, WallMicros}
 use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 
 mod damage;
+mod full;
 mod poison;
 
 const DIR: &str = "data/shard-000";

@@ -7,8 +7,8 @@
 //! reads first; it is then appended only if nobody wrote the token in between, else it reads
 //! again. That loop ends because each turn of it lets another write of the same key succeed.
 
-use super::Shard;
 use super::space::SpaceLevel;
+use super::{Memory, Shard};
 use crate::disk::Disk;
 use crate::log::Lsn;
 use crate::model::causality::{InvalidState, KeyState, Sibling};
@@ -238,10 +238,42 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 ),
             });
         }
+        let memory = self.state.memory.borrow();
+        if !self.fits_memory(&memory, mutation.key.len() + size) {
+            return Err(self.memory_refusal());
+        }
+        drop(memory);
         match self.state.space.level() {
             SpaceLevel::Reserve => Err(self.state.space.refusal()),
             SpaceLevel::RefuseData if mutation.value.is_some() => Err(self.state.space.refusal()),
             _ => Ok(()),
+        }
+    }
+
+    /// Whether memory stays within the active memtable, the sealed ones that may wait, and one
+    /// more: what the log has taken and not yet shown is counted, because it will come too.
+    fn fits_memory(&self, memory: &Memory, bytes: usize) -> bool {
+        let options = &self.state.options;
+        let sealed_max = options.memtables_sealed_max;
+        let coming = match options.log.durability {
+            Durability::Sync => self.state.log.pending_bytes(),
+            Durability::Periodic { .. } => 0,
+        };
+        let bytes_max = options.memtable_size.saturating_mul(sealed_max + 2);
+        let fits = memory.bytes() + coming + bytes <= bytes_max;
+        // A record larger than all that comes in when nothing else does.
+        memory.sealed_count() <= sealed_max && (fits || (memory.sealed_count() == 0 && coming == 0))
+    }
+
+    /// Why memory is not emptied.
+    #[cold]
+    fn memory_refusal(&self) -> Error {
+        match &*self.state.background_error.borrow() {
+            Some(error) if error.is_full() => {
+                Error::Full { what: format!("memory is full and cannot be flushed: {error}") }
+            }
+            Some(_) => Error::Busy { what: "memory is full and flushes fail: see the log" },
+            None => Error::Busy { what: "memory is full until the next flush is done" },
         }
     }
 
@@ -258,7 +290,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let partition = mutation.token.partition(self.state.identity.partition_bits);
         let sequence = versions.next_sequence(partition);
         if let Some(ceiling) = versions.ceiling_to_reserve(timestamp, sequence, wall) {
-            self.state.log.append_control(ceiling)?;
+            self.state.ceiling_at.set(self.state.log.append_control(ceiling)?);
             versions.reserved(ceiling);
         }
         Ok((timestamp, Dot { origin: self.state.identity.node, sequence }))

@@ -115,6 +115,8 @@ pub struct Manifest<D: Disk> {
     whole_size: u64,
     /// An append failed: whether its edit is there is unknown, so the file is never written again.
     doubtful: bool,
+    /// Files before this one that may still be there.
+    stale: Vec<u64>,
 }
 
 impl<D: Disk> fmt::Debug for Manifest<D> {
@@ -147,6 +149,7 @@ impl<D: Disk> Manifest<D> {
             sequence: 2,
             whole_size: size,
             doubtful: false,
+            stale: Vec::new(),
         })
     }
 
@@ -174,6 +177,7 @@ impl<D: Disk> Manifest<D> {
             sequence: replay.sequence,
             whole_size: replay.whole_size,
             doubtful: false,
+            stale: Vec::new(),
         };
         for name in names {
             if is_temporary_manifest(&name) || parse_manifest_name(&name).is_some_and(|it| it < id)
@@ -216,15 +220,17 @@ impl<D: Disk> Manifest<D> {
     /// Of the disk. State: the old or the new file counts; the next append rolls again.
     pub async fn roll(&mut self, layout: &Layout) -> Result<()> {
         self.doubtful = true;
-        let old = self.dir.join(manifest_name(self.id));
+        self.stale.push(self.id);
         self.id += 1;
         let (file, size) =
             write_whole(&self.disk, &self.dir, self.owner, self.id, self.sequence, layout).await?;
         (self.file, self.end, self.whole_size) = (file, size, size);
         self.sequence += 1;
         self.doubtful = false;
-        // A failure leaves a file that the next open removes.
-        let _ = self.disk.remove(&old).await;
+        for old in std::mem::take(&mut self.stale) {
+            // A failure leaves a file that the next open removes.
+            let _ = self.disk.remove(&self.dir.join(manifest_name(old))).await;
+        }
         Ok(())
     }
 
@@ -331,8 +337,15 @@ async fn write_whole<D: Disk>(
     let salt = file_salt(owner.cluster, owner.shard, id);
     let buf = encode(&layout.to_edit(), salt, sequence, 0, file.alignment());
     let size = buf.len() as u64;
-    file.write_at(0, buf, WriteMode::Durable).await.1?;
-    disk.rename(&temporary, &path).await?;
+    let named = match file.write_at(0, buf, WriteMode::Durable).await.1 {
+        Ok(()) => disk.rename(&temporary, &path).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = named {
+        // On a full disk each attempt would leave another one.
+        let _ = disk.remove(&temporary).await;
+        return Err(error);
+    }
     disk.sync_dir(dir).await?;
     Ok((file, size))
 }

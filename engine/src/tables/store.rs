@@ -244,6 +244,28 @@ impl<D: Disk> Tables<D> {
         self.inner.disk.sync_dir(&self.inner.dir.join(TABLE_DIR)).await
     }
 
+    /// After a failed commit: makes it certain what the manifest names, and removes the tables of
+    /// edits that failed. To be called before more tables are written, so that a manifest that
+    /// cannot be written does not fill the disk with tables that nobody names.
+    ///
+    /// # Errors
+    /// Of the disk. State: as before.
+    pub async fn settle(&self) -> Result<()> {
+        let inner = &self.inner;
+        let mut manifest = inner.manifest.lock().await;
+        if inner.doubtful.borrow().is_empty() || inner.retired.get() {
+            return Ok(());
+        }
+        if manifest.is_doubtful() {
+            let layout = self.current();
+            manifest.roll(layout.layout()).await?;
+        }
+        let doubtful = inner.doubtful.take();
+        drop(manifest);
+        self.abandon(&doubtful).await;
+        Ok(())
+    }
+
     /// Removes table files that were never committed. Best effort: the next open does it too.
     pub async fn abandon(&self, ids: &[TableId]) {
         for &id in ids {

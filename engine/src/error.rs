@@ -65,6 +65,10 @@ pub enum Error {
         /// Which value, what is allowed.
         what: String,
     },
+    /// The write would leave the key with more siblings than allowed. State: unchanged, the write
+    /// has not started.
+    #[error("{0}")]
+    TooManySiblings(#[from] crate::model::causality::TooManySiblings),
     /// Too much waits already. State: unchanged, the write has not started.
     #[error("busy: {what}")]
     Busy {

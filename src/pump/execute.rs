@@ -13,9 +13,9 @@ use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Condition, Merge, Mutation, Outcome, Probe, ScanRequest, Shard};
 use annulus_net::server_connection::{Arrival, Replies, Ticket};
 use annulus_net::wire::batch::Batch;
-use annulus_net::wire::fields::{self, OperationFlags, Ttl, Version};
+use annulus_net::wire::fields::{self, Level, OperationFlags, Ttl, Version};
 use annulus_net::wire::frame::Opcode;
-use annulus_net::wire::operation::{Get, Operation, WriteOptions};
+use annulus_net::wire::operation::{Delete, Get, Operation, Put, WriteOptions};
 use annulus_net::wire::request::Request;
 use annulus_net::wire::response::{BatchResults, Failure, Page, ReadFacts, ValueRef, WriteFacts};
 use annulus_net::wire::scan::{Scan, TOMBSTONES};
@@ -75,6 +75,7 @@ pub(super) fn failure_of<'a>(error: &Error, message: &'a str) -> Failure<'a> {
         Error::Busy { .. } => Status::BUSY,
         Error::Full { .. } => Status::FULL,
         Error::Invalid { .. } => Status::BAD_REQUEST,
+        Error::TooManySiblings(_) => Status::SIBLINGS_FULL,
         Error::Corrupt { .. } => Status::CORRUPT,
         Error::Poisoned { .. } | Error::Mismatch { .. } | Error::Io { .. } => Status::UNAVAILABLE,
     };
@@ -194,8 +195,22 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             self.count_failure(&Answer::Failure(failure));
             return target.answer(&Answer::Failure(failure));
         }
+        let levels = match operation {
+            Operation::Get(get) => [get.level, get.primary, Level::Default],
+            Operation::Put(Put { options, .. }) | Operation::Delete(Delete { options, .. }) => {
+                [options.level, options.primary, options.durable]
+            }
+        };
+        if levels.iter().any(|level| matches!(level, Level::Count(2..))) {
+            let failure = Failure::new(
+                Status::UNAVAILABLE,
+                "more replicas are asked for than the one node of this cluster",
+            );
+            self.count_failure(&Answer::Failure(failure));
+            return target.answer(&Answer::Failure(failure));
+        }
         match operation {
-            Operation::Get(get) => self.get(target, get),
+            Operation::Get(get) => self.get(target, deadline, get),
             Operation::Put(put) => {
                 let expiry_ms = match self.expiry(put.namespace, put.ttl) {
                     Ok(expiry_ms) => expiry_ms,
@@ -229,13 +244,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// Every write at or below this stamp is in what a read finds now.
     fn as_of(&self) -> Timestamp {
-        match self.writes.oldest_invisible(self.shard.visible()) {
-            Some(oldest) => Timestamp(oldest.0 - 1),
-            None => Timestamp::new(self.wall, 0),
-        }
+        self.shard.complete_up_to(self.wall)
     }
 
-    fn get(&mut self, target: Target<'_, '_>, get: &Get<'_>) {
+    fn get(&mut self, target: Target<'_, '_>, deadline: Instant, get: &Get<'_>) {
         if let Err(failure) = self.namespace(get.namespace) {
             return target.answer(&Answer::Failure(failure));
         }
@@ -273,7 +285,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 target.answer(&Answer::Failure(failure.retry_after(2)));
             }
             (Probe::Pending(read), Some(target)) => {
-                let origin = target.defer();
+                let task = self.waiting.add(target.defer(), deadline, Status::EXPIRED);
                 let (shard, began) = (self.shard.clone(), self.now);
                 let pending = Pending {
                     namespace: get.namespace,
@@ -285,7 +297,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 };
                 self.tasks.push(Box::pin(async move {
                     let found = read.finish(&shard).await;
-                    Done::Read { origin, pending, found, began }
+                    Done::Read { task, pending, found, began }
                 }));
             }
             (Probe::Pending(_), None) => {}
@@ -332,7 +344,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         };
         let bytes = key.len() + value.map_or(0, <[u8]>::len);
         if Shard::<D, R>::needs_read(&mutation) {
-            return self.write_after_read(target, &mutation, options.flags);
+            return self.write_after_read(target, deadline, &mutation, options.flags);
         }
         let applied = match self.shard.apply(&mutation, self.wall) {
             Ok(applied) => applied,
@@ -380,6 +392,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn write_after_read(
         &mut self,
         target: Target<'_, '_>,
+        deadline: Instant,
         mutation: &Mutation<'_>,
         flags: OperationFlags,
     ) {
@@ -387,7 +400,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             let failure = Failure::new(Status::BUSY, "too many writes wait for a read");
             return target.answer(&Answer::Failure(failure.retry_after(2)));
         }
-        let origin = target.defer();
+        let task = self.waiting.add(target.defer(), deadline, Status::MAY_BE_APPLIED);
         let (shard, began, secret) = (self.shard.clone(), self.now, self.secret);
         let pending = Pending {
             namespace: mutation.namespace,
@@ -428,7 +441,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     context = sign(state.context(), secret, pending.namespace, pending.token);
                 }
             }
-            Done::Write { origin, pending, outcome, begun, context, began }
+            Done::Write { task, pending, outcome, begun, context, began }
         });
     }
 
@@ -500,7 +513,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     if all || record.kind != Kind::Siblings && record.is_live(wall) {
                         page.push(record);
                     } else if record.kind == Kind::Siblings {
-                        push_newest(&mut page, record, wall);
+                        push_siblings(&mut page, record, wall);
                     }
                     !page.is_full()
                 })
@@ -513,7 +526,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// A task has ended: its answer goes out.
     pub(super) fn finish(&mut self, done: Done, wires: &mut dyn Wires) {
         match done {
-            Done::Read { origin, pending, found, began } => {
+            Done::Read { task, pending, found, began } => {
+                let Some(origin) = self.waiting.take(task) else { return };
                 let nanos = self.now.nanos_since(began);
                 self.metrics.borrow_mut().read_latency.record(nanos);
                 self.disk_reads.record(nanos);
@@ -547,29 +561,30 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     self.answer(origin, &Answer::Read(facts, values), wires);
                 });
             }
-            Done::Write { origin, pending, outcome, begun, context, began } => match outcome {
-                Ok(Outcome::Applied(applied)) => {
-                    self.count_write(began, pending.bytes, pending.is_put);
-                    let facts = self.write_facts(&applied, &context, &[]);
-                    self.answer(origin, &Answer::Written(facts), wires);
-                }
-                Ok(Outcome::ConditionFalse(version)) => {
-                    let version = version.unwrap_or_default();
-                    let version = Version { timestamp: version.0, dot: version.1 };
-                    let facts = WriteFacts { version, ..WriteFacts::default() };
-                    self.answer(origin, &Answer::ConditionFalse(facts), wires);
-                }
-                Err(error) => {
-                    let message = error.to_string();
-                    let mut failure = failure_of(&error, &message);
-                    if begun {
-                        failure.status = Status::MAY_BE_APPLIED;
-                    } else if message.starts_with("the key would have") {
-                        failure.status = Status::SIBLINGS_FULL;
+            Done::Write { task, pending, outcome, begun, context, began } => {
+                let Some(origin) = self.waiting.take(task) else { return };
+                match outcome {
+                    Ok(Outcome::Applied(applied)) => {
+                        self.count_write(began, pending.bytes, pending.is_put);
+                        let facts = self.write_facts(&applied, &context, &[]);
+                        self.answer(origin, &Answer::Written(facts), wires);
                     }
-                    self.answer(origin, &Answer::Failure(failure), wires);
+                    Ok(Outcome::ConditionFalse(version)) => {
+                        let version = version.unwrap_or_default();
+                        let version = Version { timestamp: version.0, dot: version.1 };
+                        let facts = WriteFacts { version, ..WriteFacts::default() };
+                        self.answer(origin, &Answer::ConditionFalse(facts), wires);
+                    }
+                    Err(error) => {
+                        let message = error.to_string();
+                        let mut failure = failure_of(&error, &message);
+                        if begun {
+                            failure.status = Status::MAY_BE_APPLIED;
+                        }
+                        self.answer(origin, &Answer::Failure(failure), wires);
+                    }
                 }
-            },
+            }
             Done::Scan { origin, page, next } => match next {
                 Ok(next) => {
                     let next = next.as_ref().map(|(token, key)| (*token, key.as_slice()));
@@ -605,11 +620,10 @@ fn sign(
     bytes
 }
 
-/// A scan shows of siblings the one that would win: a page holds one value a key.
-fn push_newest(page: &mut Page, record: &RecordRef<'_>, wall: WallMicros) {
+/// A scan shows each live sibling as a record of its own, so that a copy made of it is whole.
+fn push_siblings(page: &mut Page, record: &RecordRef<'_>, wall: WallMicros) {
     let Ok(state) = KeyState::of_record(record) else { return };
-    let newest = state.live(wall).max_by_key(|sibling| sibling.version());
-    if let Some(sibling) = newest {
+    for sibling in state.live(wall) {
         page.push(&RecordRef {
             kind: Kind::Put,
             dot: sibling.dot,

@@ -18,6 +18,7 @@ mod execute;
 mod forward;
 mod revive;
 mod sessions;
+mod waiting;
 mod writes;
 
 #[cfg(test)]
@@ -54,6 +55,7 @@ use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
 use revive::Revival;
 use sessions::{Session, Sessions};
+use waiting::WaitingTasks;
 use writes::WriteQueue;
 
 /// Most tasks (disk reads, conditional writes, scans) of one shard at a time.
@@ -117,13 +119,13 @@ struct BatchInProgress {
 /// What a task came to.
 enum Done {
     Read {
-        origin: Origin,
+        task: u64,
         pending: Pending,
         found: annulus_engine::Result<Found>,
         began: Instant,
     },
     Write {
-        origin: Origin,
+        task: u64,
         pending: Pending,
         outcome: annulus_engine::Result<Outcome>,
         /// Whether the log had taken it, so that after an error it may be applied.
@@ -162,6 +164,7 @@ pub struct Pump<D: Disk, R: Runtime> {
     attention: Vec<ConnectionKey>,
     budget: MemoryBudget,
     tasks: FuturesUnordered<Task>,
+    waiting: WaitingTasks,
     waker: Waker,
     writes: WriteQueue,
     batches: BTreeMap<usize, BatchInProgress>,
@@ -224,6 +227,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             attention: Vec::new(),
             budget: MemoryBudget::new(options.message_memory),
             tasks: FuturesUnordered::new(),
+            waiting: WaitingTasks::default(),
             waker: Waker::noop().clone(),
             writes: WriteQueue::default(),
             batches: BTreeMap::new(),
@@ -405,7 +409,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         if self.now >= self.next_sweep {
             self.next_sweep = self.now.after_nanos(SWEEP_NANOS);
-            worked |= self.expire_writes(wires) | self.expire_forwarded(wires);
+            worked |= self.expire_writes(wires);
+            worked |= self.expire_forwarded(wires);
+            worked |= self.expire_tasks(wires);
         }
         if self.now >= self.next_session_sweep {
             self.next_session_sweep = self.now.after_nanos(SESSION_SWEEP_NANOS);

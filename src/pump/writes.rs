@@ -7,8 +7,7 @@
 use std::collections::VecDeque;
 
 use annulus_engine::disk::Disk;
-use annulus_engine::log::Lsn;
-use annulus_engine::model::{Instant, Timestamp};
+use annulus_engine::model::Instant;
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Applied;
 use annulus_net::wire::fields::Version;
@@ -48,12 +47,6 @@ impl WriteQueue {
 
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
-    }
-
-    /// The stamp of the oldest write that is not visible yet.
-    pub(super) fn oldest_invisible(&self, visible: Lsn) -> Option<Timestamp> {
-        let index = self.waiting.partition_point(|waiting| waiting.applied.lsn <= visible);
-        self.waiting.get(index).map(|waiting| waiting.applied.timestamp)
     }
 }
 

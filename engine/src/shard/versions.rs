@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use crate::log::{Control, Lsn};
 use crate::model::timestamp::HybridClock;
-use crate::model::{PartitionId, Timestamp, Token, WallMicros};
+use crate::model::{PartitionId, RecordRef, Timestamp, Token, WallMicros};
 
 /// How far ahead of use stamps are reserved, in microseconds.
 const STAMP_RESERVE_US: u64 = 2_000_000;
@@ -99,7 +99,7 @@ impl Versions {
 /// Writes between log and memory, and how often each token was written lately.
 #[derive(Debug)]
 pub(crate) struct Unsettled {
-    waiting: VecDeque<(Lsn, Token)>,
+    waiting: VecDeque<(Lsn, Token, Timestamp)>,
     /// Write counters by remixed token: equal counters mean that the token was not written.
     counters: Box<[u32; 1 << COUNTER_BITS]>,
 }
@@ -113,20 +113,33 @@ impl Unsettled {
 
     /// Takes note of an append; forgets those that are visible.
     #[inline]
-    pub(crate) fn push(&mut self, lsn: Lsn, token: Token, visible: Lsn) {
+    pub(crate) fn push(&mut self, lsn: Lsn, record: &RecordRef<'_>, visible: Lsn) {
+        let token = record.token;
         let counter = &mut self.counters[token.slot(COUNTER_BITS)];
         *counter = counter.wrapping_add(1);
-        while self.waiting.front().is_some_and(|(oldest, _)| *oldest <= visible) {
+        self.settle(visible);
+        if lsn > visible {
+            self.waiting.push_back((lsn, token, record.timestamp));
+        }
+    }
+
+    #[inline]
+    fn settle(&mut self, visible: Lsn) {
+        while self.waiting.front().is_some_and(|(oldest, ..)| *oldest <= visible) {
             self.waiting.pop_front();
         }
-        if lsn > visible {
-            self.waiting.push_back((lsn, token));
-        }
+    }
+
+    /// The stamp of the oldest write that is not visible yet.
+    #[inline]
+    pub(crate) fn oldest(&mut self, visible: Lsn) -> Option<Timestamp> {
+        self.settle(visible);
+        self.waiting.front().map(|(_, _, timestamp)| *timestamp)
     }
 
     /// The last write of the token that may not be visible yet.
     pub(crate) fn last_of(&self, token: Token) -> Option<Lsn> {
-        self.waiting.iter().rev().find(|(_, other)| *other == token).map(|(lsn, _)| *lsn)
+        self.waiting.iter().rev().find(|(_, other, _)| *other == token).map(|(lsn, ..)| *lsn)
     }
 
     /// A number that changes with each write of the token (and of a few others).
@@ -138,6 +151,7 @@ impl Unsettled {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Dot, Kind, NamespaceId};
 
     #[test]
     fn a_ceiling_is_reserved_before_it_is_passed_and_not_again_below_it() {
@@ -176,15 +190,31 @@ mod tests {
         assert!(floor.wall().0 <= wall.0 + STAMP_RESERVE_US + 20 * STAMP_RESERVE_MIN_US);
     }
 
+    fn record(token: u64, stamp: u64) -> RecordRef<'static> {
+        RecordRef {
+            token: Token(token),
+            namespace: NamespaceId(0),
+            incarnation: 1,
+            kind: Kind::Put,
+            dot: Dot::default(),
+            timestamp: Timestamp(stamp),
+            expiry_ms: 0,
+            key: b"k",
+            value: b"",
+        }
+    }
+
     #[test]
     fn unsettled_writes_are_found_until_visible() {
         let mut unsettled = Unsettled::new();
         let before = unsettled.writes_of(Token(7));
-        unsettled.push(Lsn(1), Token(7), Lsn(0));
-        unsettled.push(Lsn(2), Token(9), Lsn(0));
+        unsettled.push(Lsn(1), &record(7, 10), Lsn(0));
+        unsettled.push(Lsn(2), &record(9, 11), Lsn(0));
+        assert_eq!(unsettled.oldest(Lsn(0)), Some(Timestamp(10)));
         assert_eq!(unsettled.last_of(Token(7)), Some(Lsn(1)));
         assert_ne!(unsettled.writes_of(Token(7)), before);
-        unsettled.push(Lsn(3), Token(9), Lsn(2));
+        unsettled.push(Lsn(3), &record(9, 12), Lsn(2));
+        assert_eq!(unsettled.oldest(Lsn(2)), Some(Timestamp(12)));
         assert_eq!(unsettled.last_of(Token(7)), None);
         assert_eq!(unsettled.last_of(Token(9)), Some(Lsn(3)));
     }

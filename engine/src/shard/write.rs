@@ -191,7 +191,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             }
             (None, Some(_)) => &Context::default(),
         };
-        state.write(sibling, context).map_err(|full| Error::Invalid { what: full.to_string() })?;
+        state.write(sibling, context)?;
         state.prune(limits::VECTOR_ENTRIES_MAX, &VersionVector::new());
         let record = state.to_record(&written);
         let lsn = self.append(&record.as_ref())?;
@@ -205,6 +205,16 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let own = origin == self.state.identity.node;
         let partition = token.partition(self.state.identity.partition_bits);
         own.then(|| self.state.versions.borrow().last_sequence(partition))
+    }
+
+    /// Every write at or below this stamp that will ever be is visible now.
+    #[must_use]
+    pub fn complete_up_to(&self, wall: WallMicros) -> Timestamp {
+        let visible = self.state.log.visible();
+        match self.state.unsettled.borrow_mut().oldest(visible) {
+            Some(oldest) => Timestamp(oldest.0 - 1),
+            None => Timestamp::new(wall, 0),
+        }
     }
 
     /// How long an acknowledged write may wait for its sync, in ms; 0: it is synced before.
@@ -298,7 +308,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
 
     fn append(&self, record: &RecordRef<'_>) -> Result<Lsn> {
         let lsn = self.state.log.append(record)?;
-        self.state.unsettled.borrow_mut().push(lsn, record.token, self.state.log.visible());
+        self.state.unsettled.borrow_mut().push(lsn, record, self.state.log.visible());
         Ok(lsn)
     }
 

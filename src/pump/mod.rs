@@ -17,6 +17,7 @@ mod answer;
 mod execute;
 mod forward;
 mod revive;
+mod scan;
 mod sessions;
 mod waiting;
 mod writes;

@@ -97,18 +97,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         debug_assert!(!Self::needs_read(mutation));
         self.admit(mutation)?;
         let (timestamp, dot) = self.stamp(mutation, wall)?;
-        let kind = if mutation.value.is_some() { Kind::Put } else { Kind::Delete };
-        let record = RecordRef {
-            token: mutation.token,
-            namespace: mutation.namespace,
-            incarnation: self.state.incarnation_of(mutation.token),
-            kind,
-            dot,
-            timestamp,
-            expiry_ms: mutation.expiry_ms,
-            key: mutation.key,
-            value: mutation.value.unwrap_or_default(),
-        };
+        let record = self.record_of(mutation, timestamp, dot);
         let lsn = self.append(&record)?;
         Ok(Applied { lsn, timestamp, dot })
     }
@@ -154,18 +143,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         wall: WallMicros,
     ) -> Result<Applied> {
         let (timestamp, dot) = self.stamp(mutation, wall)?;
-        let kind = if mutation.value.is_some() { Kind::Put } else { Kind::Delete };
-        let written = RecordRef {
-            token: mutation.token,
-            namespace: mutation.namespace,
-            incarnation: self.state.incarnation_of(mutation.token),
-            kind,
-            dot,
-            timestamp,
-            expiry_ms: mutation.expiry_ms,
-            key: mutation.key,
-            value: mutation.value.unwrap_or_default(),
-        };
+        let written = self.record_of(mutation, timestamp, dot);
         let path = &self.state.dir;
         let damaged = |error: InvalidState| Error::corrupt(path, 0, error.to_string());
         let current = current.map(Record::as_ref);
@@ -304,6 +282,26 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             versions.reserved(ceiling);
         }
         Ok((timestamp, Dot { origin: self.state.identity.node, sequence }))
+    }
+
+    /// The record that a mutation becomes under this stamp.
+    fn record_of<'a>(
+        &self,
+        mutation: &Mutation<'a>,
+        timestamp: Timestamp,
+        dot: Dot,
+    ) -> RecordRef<'a> {
+        RecordRef {
+            token: mutation.token,
+            namespace: mutation.namespace,
+            incarnation: self.state.incarnation_of(mutation.token),
+            kind: if mutation.value.is_some() { Kind::Put } else { Kind::Delete },
+            dot,
+            timestamp,
+            expiry_ms: mutation.expiry_ms,
+            key: mutation.key,
+            value: mutation.value.unwrap_or_default(),
+        }
     }
 
     fn append(&self, record: &RecordRef<'_>) -> Result<Lsn> {

@@ -1,0 +1,85 @@
+//! Scans: one page of one shard's part of a range.
+//!
+//! Invariant: a page ends at its shard's border; `next` then leads to the shard that follows, so
+//! that a client needs to know nothing of borders.
+
+use annulus_engine::disk::Disk;
+use annulus_engine::model::causality::KeyState;
+use annulus_engine::model::{Instant, Kind, RecordRef, Token, TokenRange, WallMicros};
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::ScanRequest;
+use annulus_net::wire::frame::Opcode;
+use annulus_net::wire::response::Page;
+use annulus_net::wire::scan::{Scan, TOMBSTONES};
+use annulus_net::wire::status::Status;
+
+use super::{Done, Origin, Pump, Wires};
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    pub(super) fn route_scan(&mut self, origin: Origin, deadline: Instant, scan: &Scan<'_>) {
+        let shard = self.map.shard_of(scan.range.first);
+        if shard == self.map.own() {
+            return self.start_scan(origin, scan);
+        }
+        let mut body = Vec::with_capacity(scan.size());
+        scan.encode(&mut body);
+        // Refused only when thousands are under way; the deadline then answers.
+        if let Err(origin) = self.hand_over(shard, Opcode::Scan, body, deadline, origin) {
+            self.tasks.push(Box::pin(std::future::ready(Done::Admin {
+                origin,
+                reply: Err((Status::BUSY, "the key's shard is overloaded".to_owned())),
+            })));
+        }
+    }
+
+    pub(super) fn begin_scan(&mut self, origin: Origin, scan: &Scan<'_>, _: &mut dyn Wires) {
+        self.start_scan(origin, scan);
+    }
+
+    fn start_scan(&mut self, origin: Origin, scan: &Scan<'_>) {
+        let limits = &self.facts.welcome.limits;
+        let mut page = Page::new(scan, limits.message_size_max / 64, limits.message_size_max);
+        let last = self.map.last_token_of_shard(scan.range.first);
+        let range = TokenRange { first: scan.range.first, last: scan.range.last.min(last) };
+        let beyond = (range.last < scan.range.last).then_some(Token(range.last.0.wrapping_add(1)));
+        let (shard, wall) = (self.shard.clone(), self.wall);
+        let (namespace, after) = (scan.namespace, scan.after.to_vec());
+        let all = scan.flags & TOMBSTONES != 0;
+        let known = self.namespace(namespace).is_ok();
+        self.metrics.borrow_mut().counters.scans += 1;
+        self.spawn(async move {
+            if !known {
+                let reply = Err((Status::NO_NAMESPACE, "no namespace has this id".to_owned()));
+                return Done::Admin { origin, reply };
+            }
+            let request = ScanRequest { range, after: &after, namespace: Some(namespace) };
+            let next = shard
+                .scan(&request, &mut |record| {
+                    if all || record.kind != Kind::Siblings && record.is_live(wall) {
+                        page.push(record);
+                    } else if record.kind == Kind::Siblings {
+                        push_siblings(&mut page, record, wall);
+                    }
+                    !page.is_full()
+                })
+                .await
+                .map(|next| next.or(beyond.map(|token| (token, Vec::new()))));
+            Done::Scan { origin, page, next }
+        });
+    }
+}
+
+/// A scan shows each live sibling as a record of its own, so that a copy made of it is whole.
+fn push_siblings(page: &mut Page, record: &RecordRef<'_>, wall: WallMicros) {
+    let Ok(state) = KeyState::of_record(record) else { return };
+    for sibling in state.live(wall) {
+        page.push(&RecordRef {
+            kind: Kind::Put,
+            dot: sibling.dot,
+            timestamp: sibling.timestamp,
+            expiry_ms: sibling.expiry_ms,
+            value: sibling.value,
+            ..*record
+        });
+    }
+}

@@ -9,10 +9,11 @@ use std::path::Path;
 use std::rc::Rc;
 
 use crate::cache::BlockCache;
-use crate::compaction::{Compactor, CompactorOptions, Pace, WriteThrottle};
+use crate::compaction::flush::FlushOptions;
+use crate::compaction::{Compactor, CompactorOptions, Flushed, Pace, WriteThrottle, flush};
 use crate::disk::Disk;
 use crate::identity::Identity;
-use crate::log::{CommitLog, Control, LogIdentity, Lsn, ReplayItem, replay};
+use crate::log::{CommitLog, Control, LogIdentity, Lsn, Relief, ReplayItem, replay_with};
 use crate::model::{NamespaceId, RecordRef, Timestamp};
 use crate::options::{Compression, Options};
 use crate::runtime::Runtime;
@@ -67,8 +68,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 }
 
-/// Opens the shard, but starts none of its tasks. Nothing can fail any more once its log lives,
-/// so that an attempt that failed leaves no task behind.
+/// Opens the shard, but starts none of its tasks. An attempt that failed leaves no task behind.
 pub(crate) async fn prepare<D: Disk, R: Runtime>(
     disk: D,
     runtime: R,
@@ -88,6 +88,17 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     disk.create_dir(&log_dir).await?;
     disk.sync_dir(dir).await?;
 
+    let table_options = table_options(&options, compression.clone());
+    let compactor_options = CompactorOptions::of(&options, &table_options);
+    let upper_tables = compactor_options.upper.clone();
+    let spill = Spill {
+        tables: tables.clone(),
+        runtime: runtime.clone(),
+        memory: Rc::clone(&memory),
+        upper_tables: upper_tables.clone(),
+        options,
+        spilled: Rc::default(),
+    };
     let mut found = Replayed {
         ceiling: Timestamp::ZERO,
         sequence: 0,
@@ -110,7 +121,13 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         ReplayItem::Control(Control::Close) => {}
     };
     let from = released.next();
-    let end = replay(&disk, &log_dir, log_identity(&identity), from, &mut visit).await?;
+    let mut relief = || spill.relief();
+    let log_id = log_identity(&identity);
+    let end = replay_with(&disk, &log_dir, log_id, from, &mut visit, &mut relief).await;
+    let end = match end {
+        Ok(end) => end,
+        Err(error) => return spill.abandon(error).await,
+    };
     if let Some(torn) = &end.torn {
         tracing::info!(
             file = %torn.path.display(),
@@ -122,16 +139,31 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
 
     let tables_max = set.tables().map(|table| table.meta().max_timestamp).max().unwrap_or_default();
     let floor = found.ceiling.max(found.greatest).max(tables_max);
-    let space = disk.space(dir).await?;
+    let space = match disk.space(dir).await {
+        Ok(space) => space,
+        Err(error) => return spill.abandon(error).await,
+    };
     let sink_memory = Rc::clone(&memory);
     let sink = Box::new(move |lsn: Lsn, record: &RecordRef<'_>| {
         sink_memory.borrow_mut().insert(lsn, record);
     });
-    let log =
-        CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink).await?;
-    let table_options = table_options(&options, compression.clone());
-    let compactor_options = CompactorOptions::of(&options, &table_options);
-    let upper_tables = compactor_options.upper.clone();
+    let started =
+        CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink).await;
+    let log = match started {
+        Ok(log) => log,
+        Err(error) => return spill.abandon(error).await,
+    };
+    let versions = Versions::starting_above(floor, found.sequence, identity.partition_bits);
+    let ceiling_at = match spill.commit(&log, versions.ceiling()).await {
+        Ok(ceiling_at) => ceiling_at,
+        Err(error) => {
+            // No task of the log outlives a failed start.
+            let _ = log.close().await;
+            return Err(error);
+        }
+    };
+    let tables_max = tables.current().tables().map(|table| table.meta().max_timestamp).max();
+    let tables_max = tables_max.unwrap_or_default();
     let pace = Rc::new(RefCell::new(Pace::new(&options.compaction)));
     let stop = Rc::new(Cell::new(false));
     let dropped = Rc::new(Dropped::default());
@@ -160,12 +192,8 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         tables_max: Cell::new(tables_max),
         compactor,
         cache: RefCell::new(BlockCache::new(options.cache_size)),
-        versions: RefCell::new(Versions::starting_above(
-            floor,
-            found.sequence,
-            identity.partition_bits,
-        )),
-        ceiling_at: Cell::new(Lsn::ZERO),
+        versions: RefCell::new(versions),
+        ceiling_at: Cell::new(ceiling_at),
         unsettled: RefCell::new(Unsettled::new()),
         space: SpaceWatch::new(thresholds, space),
         stats: RefCell::default(),
@@ -194,6 +222,78 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     let shard = Shard { state };
     shard.update_pressure();
     Ok(shard)
+}
+
+/// Flushes that wait for their commit, and up to which record each reaches.
+type Spilled<D> = Vec<(Flushed<D>, Lsn)>;
+
+/// Memtables that replay has filled and that do not all fit the memory: written to tables while it
+/// goes on.
+///
+/// The tables become live only when the log has begun its next life and holds the ceiling again,
+/// because replay begins behind them from then on. Until then no edit names them: a crash, or
+/// damage found later in the log, leaves everything as it was.
+struct Spill<D: Disk, R: Runtime> {
+    tables: Tables<D>,
+    runtime: R,
+    memory: Rc<RefCell<Memory>>,
+    upper_tables: TableOptions,
+    options: Options,
+    spilled: Rc<RefCell<Spilled<D>>>,
+}
+
+impl<D: Disk, R: Runtime> Spill<D, R> {
+    /// The flush of the oldest memtable, when more are sealed than may wait.
+    fn relief(&self) -> Option<Relief> {
+        let memory = self.memory.borrow();
+        if memory.sealed_count() <= self.options.memtables_sealed_max {
+            return None;
+        }
+        let sealed = memory.oldest_sealed()?;
+        let options = FlushOptions {
+            table: self.upper_tables.clone(),
+            table_size: self.options.compaction.table_size,
+            order: self.tables.next_order(),
+            released: sealed.last,
+        };
+        let (tables, runtime) = (self.tables.clone(), self.runtime.clone());
+        let (memory, spilled) = (Rc::clone(&self.memory), Rc::clone(&self.spilled));
+        Some(Box::pin(async move {
+            let never = Rc::new(Cell::new(false));
+            let retention = Dropped::default();
+            let records = sealed.memtable.sorted();
+            let written = flush(&tables, &runtime, &retention, records, options, &never).await?;
+            let flushed = written.expect("nobody stops it");
+            spilled.borrow_mut().push((flushed, sealed.last));
+            memory.borrow_mut().remove_oldest_sealed();
+            Ok(())
+        }))
+    }
+
+    /// Removes what was written, because the shard cannot be opened.
+    async fn abandon<T>(&self, error: Error) -> Result<T> {
+        for (flushed, _) in self.spilled.take() {
+            let ids: Vec<_> = flushed.opened.iter().map(|table| table.id()).collect();
+            drop(flushed);
+            self.tables.abandon(&ids).await;
+        }
+        Err(error)
+    }
+
+    /// Makes the tables live. Returns the record of the log that holds the ceiling, if one does.
+    async fn commit(&self, log: &CommitLog<D, R>, ceiling: Control) -> Result<Lsn> {
+        let spilled = self.spilled.take();
+        let Some((_, last)) = spilled.last() else { return Ok(Lsn::ZERO) };
+        let last = *last;
+        tracing::info!(tables = spilled.len(), "replay wrote what did not fit the memory");
+        let ceiling_at = log.append_control(ceiling)?;
+        log.wait_durable(ceiling_at).await?;
+        for (flushed, _) in spilled {
+            flushed.commit(&self.tables).await?;
+        }
+        log.release(last);
+        Ok(ceiling_at)
+    }
 }
 
 /// Opens the live tables; makes an empty set only where nothing but the identity is.

@@ -40,7 +40,7 @@ mod wait;
 pub mod writer;
 
 pub use format::{Control, LogIdentity, ReplayItem};
-pub use replay::{ReplayEnd, replay};
+pub use replay::{Relief, ReplayEnd, replay, replay_with};
 pub use writer::{CommitLog, LogStats, Sink};
 
 /// Number of a record in its shard's log: from 1, strictly increasing, never reused.

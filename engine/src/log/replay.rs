@@ -117,6 +117,25 @@ pub async fn replay<D: Disk>(
     from: Lsn,
     visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
 ) -> Result<ReplayEnd> {
+    replay_with(disk, dir, identity, from, visit, &mut || None).await
+}
+
+/// Work that must be done before replay goes on.
+pub type Relief = Pin<Box<dyn Future<Output = Result<()>>>>;
+
+/// Like [`replay`], asking `relief` after each batch whether there is something to do first: so
+/// that what was visited need not all be held in memory.
+///
+/// # Errors
+/// As [`replay`], and those of the relief.
+pub async fn replay_with<D: Disk>(
+    disk: &D,
+    dir: &Path,
+    identity: LogIdentity,
+    from: Lsn,
+    visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
+    relief: &mut dyn FnMut() -> Option<Relief>,
+) -> Result<ReplayEnd> {
     let names = match disk.list(dir).await {
         Ok(names) => names,
         Err(error) if error.is_not_found() => return Ok(ReplayEnd::fresh(identity, from)),
@@ -148,7 +167,7 @@ pub async fn replay<D: Disk>(
         end: ReplayEnd::fresh(identity, from),
         unproven: VecDeque::new(),
     };
-    walk.run(visit).await?;
+    walk.run(&mut Visitor { visit, relief }).await?;
     Ok(walk.finish())
 }
 
@@ -240,6 +259,12 @@ struct Walk<'a, F> {
     unproven: VecDeque<Extent>,
 }
 
+/// Whoever is shown the records.
+struct Visitor<'a> {
+    visit: &'a mut dyn FnMut(Lsn, ReplayItem<'_>),
+    relief: &'a mut dyn FnMut() -> Option<Relief>,
+}
+
 /// How the walk through one segment ended.
 struct Stop {
     offset: u64,
@@ -249,7 +274,7 @@ struct Stop {
 }
 
 impl<F: File> Walk<'_, F> {
-    async fn run(&mut self, visit: &mut dyn FnMut(Lsn, ReplayItem<'_>)) -> Result<()> {
+    async fn run(&mut self, visitor: &mut Visitor<'_>) -> Result<()> {
         let start = self.first_needed();
         for found in &self.segments[..start] {
             // All its records are before `from`.
@@ -257,7 +282,7 @@ impl<F: File> Walk<'_, F> {
         }
         let mut index = start;
         while index < self.segments.len() {
-            index = self.walk_life(index, visit).await?;
+            index = self.walk_life(index, visitor).await?;
         }
         Ok(())
     }
@@ -276,11 +301,7 @@ impl<F: File> Walk<'_, F> {
     }
 
     /// Walks the segments of one life from `index` on; gives the index after them.
-    async fn walk_life(
-        &mut self,
-        index: usize,
-        visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
-    ) -> Result<usize> {
+    async fn walk_life(&mut self, index: usize, visitor: &mut Visitor<'_>) -> Result<usize> {
         let header = self.segments[index].header;
         let life = header.life;
         self.end.clean = false;
@@ -302,7 +323,7 @@ impl<F: File> Walk<'_, F> {
         let mut at = index;
         loop {
             let before = (self.joined, self.next);
-            let stop = self.walk_segment(at, bound, visit).await?;
+            let stop = self.walk_segment(at, bound, visitor).await?;
             // A segment without valid records is free for use at once.
             let last = if (self.joined, self.next) == before { 0 } else { self.next.0 - 1 };
             let path = self.segments[at].path.clone();
@@ -342,7 +363,7 @@ impl<F: File> Walk<'_, F> {
         &mut self,
         at: usize,
         bound: Option<Lsn>,
-        visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
+        visitor: &mut Visitor<'_>,
     ) -> Result<Stop> {
         let found = &self.segments[at];
         let record_salt = self.identity.record_salt(found.header.life);
@@ -381,11 +402,14 @@ impl<F: File> Walk<'_, F> {
                 self.end.clean = item == ReplayItem::Control(Control::Close);
                 if lsn >= self.from {
                     self.end.records += 1;
-                    visit(lsn, item);
+                    (visitor.visit)(lsn, item);
                 }
             }
             self.note_durable(at, offset, &header);
             offset += size as u64;
+            while let Some(relief) = (visitor.relief)() {
+                relief.await?;
+            }
         };
         self.end.bytes += offset;
         Ok(stop)

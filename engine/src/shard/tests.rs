@@ -11,6 +11,7 @@ use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 mod damage;
 mod full;
 mod poison;
+mod tail;
 
 const DIR: &str = "data/shard-000";
 const NS: NamespaceId = NamespaceId(0);

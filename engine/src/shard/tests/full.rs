@@ -30,6 +30,10 @@ fn write(world: &World, shard: &TestShard, key: &str, value: Option<&[u8]>) -> T
     }
 }
 
+fn byte(i: usize) -> u8 {
+    u8::try_from(i % 256).expect("below 256")
+}
+
 fn sleep(world: &World, millis: u64) {
     let runtime = world.executor.runtime();
     world.run(runtime.sleep_until(runtime.now().after_nanos(millis * 1_000_000)));
@@ -63,7 +67,7 @@ fn the_three_levels_pace_refuse_data_and_keep_the_reserve() {
     let mut written = 0;
     let mut paced = 0;
     let refused = loop {
-        let told = write(&world, &shard, &format!("key{written}"), Some(&[written as u8; 900]));
+        let told = write(&world, &shard, &format!("key{written}"), Some(&[byte(written); 900]));
         if told != Told::Done {
             break told;
         }
@@ -97,7 +101,7 @@ fn the_three_levels_pace_refuse_data_and_keep_the_reserve() {
         assert_eq!(write(&world, &shard, &format!("new{i}"), Some(&[1; 900])), Told::Done);
     }
     for i in 1..written {
-        assert_eq!(world.get(&shard, &format!("key{i}")), Some(vec![i as u8; 900]), "key{i}");
+        assert_eq!(world.get(&shard, &format!("key{i}")), Some(vec![byte(i); 900]), "key{i}");
     }
     sleep(&world, 5_000);
     check_files(&world, &shard);

@@ -194,7 +194,7 @@ options! {
     /// How long requests may run before background work gets a turn, 10us to 10ms
     /// [default: 200us]
     slice: Span, "ANNULUS_SLICE", "TIME";
-    /// Size of one memtable of one shard [default: from --memory, at most 64MiB].
+    /// Size of one memtable of one shard [default: from --memory, at most 256MiB].
     /// Larger means fewer, larger flushes and a longer restart
     memtable_size: Size, "ANNULUS_MEMTABLE_SIZE", "SIZE";
     /// Block cache of the whole node [default: what is left of --memory]

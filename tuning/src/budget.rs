@@ -252,9 +252,9 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_of_8_gib_gets_64_mib_memtables_and_mostly_cache() {
+    fn a_machine_of_8_gib_gets_256_mib_memtables_and_half_of_it_cache() {
         let budget = Budget::divide(&input(8 << 30, 2)).unwrap();
-        assert_eq!(budget.memtable_size, 64 << 20);
+        assert_eq!(budget.memtable_size, 256 << 20);
         assert_eq!(budget.connections_max, CONNECTIONS_PROPOSED);
         assert!(budget.cache > budget.memory / 2);
     }

@@ -9,5 +9,7 @@ pub mod faults;
 pub mod log_story;
 pub mod model;
 pub mod reading;
+pub mod raw;
+pub mod server;
 pub mod store;
 pub mod workload;

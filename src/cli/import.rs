@@ -2,14 +2,16 @@
 //!
 //! Invariant: every line is counted once, as written or as failed, and named on stderr with its
 //! number when it failed (the first [`COMPLAINTS_MAX`] are). A bad line stops nothing unless
-//! `--strict`; a server that is gone stops everything.
+//! `--strict`; a server that is gone stops everything. A server that is busy is waited for: what
+//! it has refused for that is written again, with pauses, for at most [`PATIENCE`] a line.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::time::{Duration, Instant};
 
 use annulus_engine::model::limits::{KEY_SIZE_MAX, VALUE_SIZE_CEILING};
-use annulus_net::client::{Error, Pipeline, WriteOptions, Written};
+use annulus_net::client::{BlockingNamespace, Error, Pipeline, WriteOptions, Written};
+use annulus_net::wire::Status;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
@@ -24,6 +26,10 @@ use super::{Exit, Failure, Outcome};
 const DEPTH: usize = 256;
 /// Longest line: a value of the greatest size, as base64 or escaped, with its key.
 const LINE_SIZE_MAX: u64 = 6 * (VALUE_SIZE_CEILING + KEY_SIZE_MAX) as u64;
+/// How long a busy server is waited for with one line.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Pause before a line is written again.
+const PAUSE: Duration = Duration::from_millis(20);
 /// Failed lines that are named.
 const COMPLAINTS_MAX: u64 = 20;
 
@@ -46,6 +52,7 @@ pub(super) fn run(arguments: ImportArguments) -> Outcome {
     let mut import = Import {
         tally: Tally::default(),
         pipeline: namespace.pipeline(DEPTH),
+        namespace,
         pace: arguments.rate.map(Pace::new),
         bar: progress(size),
         strict: arguments.strict,
@@ -54,8 +61,8 @@ pub(super) fn run(arguments: ImportArguments) -> Outcome {
     #[expect(clippy::disallowed_methods, reason = "the summary says how long it took")]
     let begin = Instant::now();
     let ended = import.read(BufReader::with_capacity(1 << 20, input));
-    while let Some((line, result)) = import.pipeline.finish_one() {
-        import.tally.count(line, result);
+    while let Some((sent, result)) = import.pipeline.finish_one() {
+        import.finished(sent, result);
     }
     import.bar.finish_and_clear();
     let seconds = begin.elapsed().as_secs_f64();
@@ -91,7 +98,8 @@ fn progress(size: Option<u64>) -> ProgressBar {
 
 struct Import {
     tally: Tally,
-    pipeline: Pipeline<u64>,
+    pipeline: Pipeline<Sent>,
+    namespace: BlockingNamespace,
     pace: Option<Pace>,
     bar: ProgressBar,
     strict: bool,
@@ -136,15 +144,43 @@ impl Import {
             pace.wait();
         }
         let options = WriteOptions { ttl: ttl(line.ttl), ..WriteOptions::default() };
-        let finished = match line.value {
-            Some(value) => self.pipeline.put(number, line.key, value, options),
-            None => self.pipeline.delete(number, line.key, options),
+        let sent = Sent { number, line };
+        let key = sent.line.key.clone();
+        let finished = match sent.line.value.clone() {
+            Some(value) => self.pipeline.put(sent, key, value, options),
+            None => self.pipeline.delete(sent, key, options),
         };
-        if let Some((number, result)) = finished {
-            self.tally.count(number, result);
+        if let Some((sent, result)) = finished {
+            self.finished(sent, result);
             self.bar.set_message(format!("{} keys", self.tally.written));
         }
     }
+
+    /// Counts a line's result; with a busy server only after it has been tried long enough.
+    #[expect(clippy::disallowed_methods, reason = "a tool may sleep; no shard runs here")]
+    fn finished(&mut self, sent: Sent, mut result: Result<Written, Error>) {
+        let mut waited = Duration::ZERO;
+        while let Err(Error::NotStarted { status: Status::BUSY, retry_after, .. }) = &result
+            && waited < PATIENCE
+        {
+            let pause = PAUSE.max(*retry_after);
+            std::thread::sleep(pause);
+            waited += pause;
+            let Line { key, value, ttl: span, .. } = &sent.line;
+            let options = WriteOptions { ttl: ttl(*span), ..WriteOptions::default() };
+            result = match value {
+                Some(value) => self.namespace.put_with(key, value, &options),
+                None => self.namespace.delete_with(key, &options),
+            };
+        }
+        self.tally.count(sent.number, result);
+    }
+}
+
+/// A line under way.
+struct Sent {
+    number: u64,
+    line: Line,
 }
 
 fn check(line: Line) -> Result<Line, String> {

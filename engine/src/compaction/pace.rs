@@ -8,7 +8,7 @@
 //! stands still; that is reached well before space is short.
 //!
 //! Invariant: both are continuous in the debt; no input, however odd, gives a delay above
-//! [`DELAY_MAX_NANOS`] or a rate outside its bounds.
+//! [`DELAY_FULL_MAX_NANOS`] or a rate outside its bounds.
 
 use super::plan::Pressure;
 use crate::model::Instant;
@@ -17,6 +17,9 @@ use crate::tables::layout::to_f64;
 
 /// Longest delay of one write, in nanoseconds.
 pub const DELAY_MAX_NANOS: u64 = 4_000_000;
+/// The same while every memtable is full: with many writes under way at once, short delays would
+/// not bring their sum down to what flush takes, and memory would grow without bound.
+pub const DELAY_FULL_MAX_NANOS: u64 = 100_000_000;
 /// Foreground read latency (99th percentile) that the controller aims at, in microseconds.
 const LATENCY_TARGET_US: f64 = 2_000.0;
 /// How long measured rates are remembered, in seconds.
@@ -191,8 +194,15 @@ pub struct WriteThrottle {
 }
 
 impl WriteThrottle {
-    /// When a write of `bytes` that arrives at `now` may go on; `now` itself without a delay.
-    pub fn admit(&mut self, now: Instant, bytes: usize, nanos_per_byte: f64) -> Instant {
+    /// When a write of `bytes` that arrives at `now` may go on; `now` itself without a delay. No
+    /// delay is longer than `nanos_max`.
+    pub fn admit(
+        &mut self,
+        now: Instant,
+        bytes: usize,
+        nanos_per_byte: f64,
+        nanos_max: u64,
+    ) -> Instant {
         if nanos_per_byte <= 0.0 {
             self.free_at = now;
             return now;
@@ -200,7 +210,7 @@ impl WriteThrottle {
         let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
         let delayed = self.free_at.max(now).after_nanos(nanos(to_f64(bytes) * nanos_per_byte));
         // Bounded: beyond this, the writers that wait are themselves the brake.
-        self.free_at = delayed.min(now.after_nanos(DELAY_MAX_NANOS));
+        self.free_at = delayed.min(now.after_nanos(nanos_max));
         self.free_at
     }
 }
@@ -287,7 +297,7 @@ mod tests {
             prop_assert!(pace.rate() >= to_f64(options.rate_min) && pace.rate() <= to_f64(options.rate_max));
             pace.take(Instant(now), bytes);
             let mut throttle = WriteThrottle::default();
-            let at = throttle.admit(Instant(now), 1 << 20, nanos_per_byte);
+            let at = throttle.admit(Instant(now), 1 << 20, nanos_per_byte, DELAY_MAX_NANOS);
             prop_assert!(at.nanos_since(Instant(now)) <= DELAY_MAX_NANOS);
         }
     }
@@ -324,8 +334,8 @@ mod tests {
     fn many_writers_share_one_delay() {
         let mut throttle = WriteThrottle::default();
         let now = Instant(500);
-        let last = (0..100).map(|_| throttle.admit(now, 1000, 10.0)).last();
+        let last = (0..100).map(|_| throttle.admit(now, 1000, 10.0, DELAY_MAX_NANOS)).last();
         assert_eq!(last, Some(now.after_nanos(100 * 1000 * 10)));
-        assert_eq!(throttle.admit(now, 1000, 0.0), now);
+        assert_eq!(throttle.admit(now, 1000, 0.0, DELAY_MAX_NANOS), now);
     }
 }

@@ -39,6 +39,7 @@ pub(crate) use space::{SpaceWatch, Thresholds};
 pub(crate) use versions::{Unsettled, Versions};
 
 use crate::cache::BlockCache;
+use crate::compaction::pace::{DELAY_FULL_MAX_NANOS, DELAY_MAX_NANOS};
 use crate::compaction::{Compactor, Pace, WriteThrottle};
 use crate::disk::Disk;
 use crate::identity::Identity;
@@ -303,7 +304,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         if per_byte <= 0.0 {
             return 0;
         }
-        self.state.throttle.borrow_mut().admit(now, bytes, per_byte).nanos_since(now)
+        let sealed_max = self.state.options.memtables_sealed_max;
+        let is_full = self.state.memory.borrow().sealed_count() >= sealed_max;
+        let nanos_max = if is_full { DELAY_FULL_MAX_NANOS } else { DELAY_MAX_NANOS };
+        self.state.throttle.borrow_mut().admit(now, bytes, per_byte, nanos_max).nanos_since(now)
     }
 
     /// Tells the pace of background work what point reads took of late.

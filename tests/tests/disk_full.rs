@@ -1,0 +1,182 @@
+//! A disk that runs full and gets space again: writes are refused before they begin, reads and
+//! deletes go on, and nobody has to restart anything (RELIABILITY 5.4, T18).
+//!
+//! The disk is a small tmpfs in a mount namespace of the server's own, so that nothing of it is
+//! left behind, whatever happens to the test. Where that is not allowed, the test says loudly
+//! that it was skipped. tmpfs has no direct I/O; the server says so and goes on.
+
+#![expect(clippy::disallowed_methods, reason = "real processes are waited for in real time")]
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use annulus_net::client::{BlockingNamespace, Error, WriteOptions};
+use annulus_net::wire::{Class, Status};
+use annulus_tests::server::{Server, Setup, eventually, scratch, skip};
+
+const SCRIPT: &str = "mount -t tmpfs -o size=192m tmpfs \"$0\" && exec \"$@\"";
+
+fn namespaces_are_allowed() -> bool {
+    let tried = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c"])
+        .args(["mount -t tmpfs -o size=1m tmpfs /tmp"])
+        .output();
+    tried.is_ok_and(|output| output.status.success())
+}
+
+/// A file on the server's disk, as seen from outside its mount namespace.
+fn seen_from_here(server: &Server, name: &str) -> PathBuf {
+    let inside = server.setup().data_dir().parent().expect("the mount point").join(name);
+    PathBuf::from(format!("/proc/{}/root{}", server.pid(), inside.display()))
+}
+
+fn put(keys: &BlockingNamespace, number: u64, size: usize) -> Result<(), Error> {
+    let byte = number.to_le_bytes()[0];
+    let options = WriteOptions { timeout: Some(Duration::from_secs(5)), ..WriteOptions::default() };
+    keys.put_with(&number.to_le_bytes(), &vec![byte; size], &options).map(drop)
+}
+
+#[test]
+fn a_full_disk_refuses_new_data_serves_the_rest_and_recovers_by_itself() {
+    if !namespaces_are_allowed() {
+        skip("disk_full", "this host lets nobody mount a tmpfs of their own");
+        return;
+    }
+    let dir = scratch();
+    let mount = dir.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let mount = mount.to_str().unwrap();
+    let server = Setup::new(PathBuf::from(mount).join("data"))
+        .under(&["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, mount])
+        .with("shards", "1")
+        .with("cores", "0")
+        .with("segment-size", "1MiB")
+        .with("memtable-size", "512KiB")
+        .with("disk-reserve", "4MiB")
+        .start();
+    let keys = server.namespace();
+    for number in 0..200 {
+        put(&keys, number, 4096).unwrap();
+    }
+    // Somebody else fills the disk to below what is kept for the reserve, fourfold.
+    let fill = |bytes: usize, name: &str| {
+        let mut file = File::create(seen_from_here(&server, name)).unwrap();
+        let piece = vec![7; 1 << 20];
+        let mut left = bytes;
+        while left > 0 && file.write_all(&piece[..left.min(piece.len())]).is_ok() {
+            left -= left.min(piece.len());
+        }
+    };
+    let free = || {
+        let stats = server.stats();
+        stats["disk_free_bytes"].as_u64().map_or(0, |free| usize::try_from(free).unwrap())
+    };
+    eventually("free space is known", Duration::from_secs(5), || free() > 0);
+    let before = free();
+    fill(before - (9 << 20), "somebody-elses");
+    let mut refused = None;
+    eventually("new data is refused", Duration::from_secs(20), || {
+        refused = put(&keys, 1_000, 4096).err();
+        refused.is_some()
+    });
+    let Some(Error::NotStarted { status, message, .. }) = refused else { panic!("{refused:?}") };
+    assert_eq!((status, status.class()), (Status::FULL, Class::NotStarted));
+    assert!(message.contains("free"), "{message}");
+    // What was refused is not there; what was there is; deletes are done.
+    for number in 0..200u64 {
+        let value = keys.get(&number.to_le_bytes()).unwrap();
+        assert_eq!(value.map(|value| value.len()), Some(4096), "{number}");
+    }
+    for number in 0..50u64 {
+        keys.delete(&number.to_le_bytes()).unwrap();
+        assert_eq!(keys.get(&number.to_le_bytes()).unwrap(), None);
+    }
+    let ran = server.cli(&["put", "k", "v", "--timeout", "300ms"]);
+    assert!(ran.code == 4 || ran.code == 2, "{ran:?}");
+    let (status, health) =
+        server.http("GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    assert!(health.contains("\"disk_level\""), "{status} {health}");
+    // To the last byte: reads go on, writes say that they did not begin.
+    fill(usize::MAX, "to-the-last-byte");
+    for number in 300..340 {
+        if let Err(error) = put(&keys, number, 4096) {
+            assert_eq!(error.class(), Class::NotStarted, "{error}");
+        }
+    }
+    assert!(keys.get(&100u64.to_le_bytes()).unwrap().is_some());
+    // Space returns, and with it everything else.
+    std::fs::remove_file(seen_from_here(&server, "to-the-last-byte")).unwrap();
+    std::fs::remove_file(seen_from_here(&server, "somebody-elses")).unwrap();
+    eventually("writes are accepted again", Duration::from_secs(20), || {
+        put(&keys, 2_000, 4096).is_ok()
+    });
+    for number in 2_001..2_400 {
+        put(&keys, number, 4096).unwrap();
+    }
+    for number in 50..200u64 {
+        assert!(keys.get(&number.to_le_bytes()).unwrap().is_some(), "{number}");
+    }
+    assert_eq!(keys.get(&1_000u64.to_le_bytes()).unwrap(), None, "it was refused");
+    let _ = server.terminate();
+}
+
+/// The data itself fills the disk, to the reserve and no further.
+#[test]
+fn data_that_fills_the_disk_stops_above_the_reserve_and_overwrites_leave_room() {
+    if !namespaces_are_allowed() {
+        skip("disk_full", "this host lets nobody mount a tmpfs of their own");
+        return;
+    }
+    let dir = scratch();
+    let mount = dir.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let mount = mount.to_str().unwrap();
+    let server = Setup::new(PathBuf::from(mount).join("data"))
+        .under(&["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, mount])
+        .with("shards", "1")
+        .with("cores", "0")
+        .with("segment-size", "1MiB")
+        .with("memtable-size", "512KiB")
+        .with("compression", "none")
+        .with("disk-reserve", "4MiB")
+        .start();
+    let keys = server.namespace();
+    let mut pipeline = keys.pipeline(32);
+    let (mut written, mut full) = (0u64, 0u64);
+    let mut note = |finished: Option<(u64, Result<_, Error>)>| match finished {
+        None => 0,
+        Some((_, Ok(_))) => {
+            written += 1;
+            0
+        }
+        Some((_, Err(Error::NotStarted { status: Status::FULL, .. }))) => 1,
+        // A writer that is slowed down may find its time over before it began.
+        Some((_, Err(error))) if error.class() == Class::NotStarted => 0,
+        Some((number, Err(error))) => panic!("{number}: {error}"),
+    };
+    for number in 0..20_000u64 {
+        let value = vec![number.to_le_bytes()[0]; 16 << 10];
+        let options = WriteOptions { timeout: Some(Duration::from_secs(20)), ..Default::default() };
+        full += note(pipeline.put(number, number.to_le_bytes().to_vec(), value, options));
+        if full > 40 {
+            break;
+        }
+    }
+    while let Some(finished) = pipeline.finish_one() {
+        full += note(Some(finished));
+    }
+    assert!(full > 40, "{full} of {written} refused");
+    assert!(written > 4_000, "{written} values of 16 KiB on a disk of 192 MiB");
+    for number in (0..written).step_by(97) {
+        assert!(keys.get(&number.to_le_bytes()).unwrap().is_some(), "{number} of {written}");
+    }
+    // Deletes make room without anybody's help.
+    for number in 0..written {
+        keys.delete(&number.to_le_bytes()).unwrap();
+    }
+    eventually("compaction makes room", Duration::from_secs(60), || put(&keys, 1, 4096).is_ok());
+    let _ = server.terminate();
+}

@@ -95,6 +95,7 @@ impl Ran {
 
     /// Itself, after a look at the exit code.
     #[must_use]
+    #[track_caller]
     pub fn expect_code(self, code: i32) -> Ran {
         assert_eq!(self.code, code, "stdout {:?}, stderr {}", self.text(), self.stderr);
         self
@@ -207,6 +208,7 @@ impl Setup {
     /// # Panics
     /// When it is not.
     #[must_use]
+    #[track_caller]
     pub fn start(&self) -> Server {
         self.try_start().unwrap_or_else(|ran| panic!("the server did not start: {ran:?}"))
     }
@@ -216,6 +218,7 @@ impl Setup {
     /// # Panics
     /// When it serves.
     #[must_use]
+    #[track_caller]
     pub fn refusal(&self) -> Ran {
         match self.try_start() {
             Ok(server) => panic!("it serves: {}", server.ready),
@@ -476,6 +479,7 @@ impl Drop for Server {
 ///
 /// # Panics
 /// When it does not in time.
+#[track_caller]
 pub fn eventually(what: &str, timeout: Duration, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + timeout;
     while !holds() {

@@ -60,7 +60,7 @@ fn is_delete(key: u64, number: u64) -> bool {
 fn write(keys: &BlockingNamespace, writer: u64, book: &mut Book, stop: &AtomicBool, seed: u64) {
     let mut pipeline = keys.pipeline::<(u64, u64)>(64);
     let mut state = seed.wrapping_mul(WRITERS).wrapping_add(writer) | 1;
-    let mut note = |book: &mut Book, finished: Option<((u64, u64), Result<_, _>)>| {
+    let note = |book: &mut Book, finished: Option<((u64, u64), Result<_, _>)>| {
         let Some(((key, number), result)) = finished else { return true };
         if result.is_ok() {
             let expected = book.get_mut(&key).expect("it was sent");

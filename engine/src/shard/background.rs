@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use futures_util::future::select;
 
-use super::{Shard, ShardState};
+use super::{Shard, ShardState, SpaceLevel};
 use crate::buffer::AlignedBuf;
 use crate::cache::{decode_warm_list, encode_warm_list};
 use crate::compaction::Mode;
@@ -16,7 +16,7 @@ use crate::compaction::flush::{FlushOptions, flush};
 use crate::compaction::{Retention, Unflushed, write_delay};
 use crate::disk::{Disk, File, OpenMode, WriteMode};
 use crate::log::Control;
-use crate::model::{NamespaceId, RecordRef};
+use crate::model::{Instant, NamespaceId, RecordRef};
 use crate::runtime::{Class, Runtime};
 use crate::{Error, Result};
 
@@ -25,6 +25,10 @@ const NANOS_PER_MS: u64 = 1_000_000;
 const RETRY_NANOS: u64 = 500 * NANOS_PER_MS;
 /// How often the disk's space and the pace are looked at.
 const WATCH_NANOS: u64 = 100 * NANOS_PER_MS;
+/// How often a memtable is flushed early for its space when the disk is nearly full.
+const RELIEF_NANOS: u64 = 1_000 * NANOS_PER_MS;
+/// Log that a memtable may always keep, in bytes.
+const LOG_KEPT_BYTES: u64 = 256 << 20;
 /// An idle shard settles its debts after so long without a write.
 const SETTLE_NANOS: u64 = 2_000 * NANOS_PER_MS;
 /// An idle shard that owes nothing looks again after so long whether records have expired.
@@ -192,7 +196,13 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 (written, quiet_since) = (state.log.appended(), now);
             }
             let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
-            let mode = if idle { Mode::Idle } else { Mode::Busy };
+            // With new data refused, what deletes and overwrites leave behind is all the room
+            // there will be: bring every upper table down, where tombstones end.
+            let mode = match (state.space.level() >= SpaceLevel::RefuseData, idle) {
+                (true, _) => Mode::Drain,
+                (false, true) => Mode::Idle,
+                (false, false) => Mode::Busy,
+            };
             match state.compactor.step(mode).await {
                 Ok(true) => {
                     failed = None;
@@ -247,6 +257,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     async fn watch_loop(&self) {
         let state = &*self.state;
         let mut failures = 0u32;
+        let mut relieved = state.runtime.now();
         while !state.stop.get() {
             self.pause(state.watch_nanos.get().max(WATCH_NANOS)).await;
             match state.disk.space(&state.dir).await {
@@ -260,9 +271,33 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 }
                 Err(_) => {}
             }
+            self.give_log_back(&mut relieved);
             let latency = state.read_p99_us.take();
             state.pace.borrow_mut().observe_latency(latency);
             self.update_pressure();
+        }
+    }
+
+    /// Seals the memtable when it keeps too much log, though it is not full: a lone writer's small
+    /// records fill a sector or more each. When space is short, whatever is in it is flushed, so
+    /// that log and deleted records give theirs back. `last` is when that was done last.
+    fn give_log_back(&self, last: &mut Instant) {
+        let state = &*self.state;
+        let mut memory = state.memory.borrow_mut();
+        if memory.sealed_count() > 0 {
+            return;
+        }
+        let options = &state.options;
+        let kept = state.log.stats().segments_live as u64 * options.log.segment_size;
+        let most = (4 * options.memtable_size as u64)
+            .max(4 * options.log.segment_size)
+            .max(LOG_KEPT_BYTES);
+        let now = state.runtime.now();
+        let short =
+            state.space.level() >= SpaceLevel::RefuseData && now.nanos_since(*last) >= RELIEF_NANOS;
+        if short || kept > most {
+            *last = now;
+            memory.seal();
         }
     }
 

@@ -288,13 +288,15 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             return;
         }
         let options = &state.options;
-        let kept = state.log.stats().segments_live as u64 * options.log.segment_size;
+        let segments = state.log.stats().segments_live;
+        let kept = segments as u64 * options.log.segment_size;
         let most = (4 * options.memtable_size as u64)
             .max(4 * options.log.segment_size)
             .max(LOG_KEPT_BYTES);
         let now = state.runtime.now();
-        let short =
-            state.space.level() >= SpaceLevel::RefuseData && now.nanos_since(*last) >= RELIEF_NANOS;
+        // Deletes are accepted on, and one by one they fill megabytes of log a second.
+        let short = state.space.level() >= SpaceLevel::RefuseData
+            && (segments > 2 || now.nanos_since(*last) >= RELIEF_NANOS);
         if short || kept > most {
             *last = now;
             memory.seal();

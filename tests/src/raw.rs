@@ -67,6 +67,20 @@ impl Raw {
         Ok(Raw { stream, writer: FrameWriter::default(), received: 0 })
     }
 
+    /// Lets the system take little on its behalf while nobody reads.
+    pub fn shrink_receive_buffer(&self) {
+        use std::os::fd::AsRawFd as _;
+        let bytes: libc::c_int = 4096;
+        let size = libc::socklen_t::try_from(size_of_val(&bytes)).expect("four bytes");
+        // SAFETY: an open socket, and a readable number of the size given.
+        let set = unsafe {
+            let option = (&raw const bytes).cast();
+            let socket = self.stream.as_raw_fd();
+            libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, option, size)
+        };
+        assert_eq!(set, 0, "a receive buffer may be small");
+    }
+
     /// Connects and greets.
     ///
     /// # Errors

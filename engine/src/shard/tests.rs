@@ -6,7 +6,7 @@ use std::path::Path;
 use super::*;
 use crate::identity::Identity;
 use crate::model::{NamespaceId, OriginId, Record, Token, TokenRange, WallMicros};
-use crate::sim::{Fault, Op, Rule, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
+use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 
 mod damage;
 mod full;
@@ -338,25 +338,4 @@ fn what_expires_on_an_idle_shard_gives_its_space_back() {
     assert_eq!(shard.stats().table_records, 2000, "settled");
     world.run(runtime.sleep_until(runtime.now().after_nanos(120_000_000_000)));
     assert_eq!(shard.stats().table_records, 0, "{:?}", shard.stats());
-}
-
-#[test]
-fn writers_are_refused_before_memory_grows_beyond_its_memtables() {
-    let world = World::new();
-    let shard = world.open();
-    world.disk.inject(Rule::nth(Op::Write, 1, Fault::NoSpace).on("/table/").forever());
-    let runtime = world.executor.runtime();
-    let put = |i: usize| {
-        let (key, value) = (format!("key{i}"), vec![7; 4096]);
-        let applied = shard.apply(&mutation(&key, Some(&value), 0), runtime.wall())?;
-        world.run(shard.wait_visible(applied.lsn))
-    };
-    let error = (0..10_000).find_map(|i| put(i).err()).expect("not for ever");
-    assert!(matches!(error, Error::Busy { .. }), "{error}");
-    let held = shard.state.memory.borrow().bytes();
-    let room = world.options.memtable_size * (2 + world.options.memtables_sealed_max);
-    assert!(held <= room, "{held} of {room}");
-    world.disk.clear_faults();
-    world.run(runtime.sleep_until(runtime.now().after_nanos(5_000_000_000)));
-    put(1).expect("flushes go on by themselves");
 }

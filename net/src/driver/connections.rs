@@ -30,6 +30,8 @@ const BUFFER_FIRST: usize = 4 << 10;
 const POOL_SIZE: usize = 256;
 /// Longest wait for a closed peer's goodbye, in milliseconds.
 const LINGER_MS: u64 = 2_000;
+/// How long a connection that is being closed may take no bytes of what is left for it.
+const FAREWELL_MS: u64 = 5_000;
 
 /// The connections of one shard. Every call with a stale id is without effect.
 pub struct Connections {
@@ -436,9 +438,14 @@ impl Connections {
             let waited = now.nanos_since(connection.progress);
             match connection.phase {
                 Phase::Lingering if waited > LINGER_MS * 1_000_000 => self.start_aborting(index),
-                Phase::Open | Phase::Closing | Phase::Detaching
-                    if connection.sending && waited > stall =>
+                // Who has already been told to go is not waited for as long.
+                Phase::Closing
+                    if connection.sending && waited > stall.min(FAREWELL_MS * 1_000_000) =>
                 {
+                    self.stats.shed += 1;
+                    self.fail(index, ClosedBy::SlowReader);
+                }
+                Phase::Open | Phase::Detaching if connection.sending && waited > stall => {
                     self.stats.shed += 1;
                     self.fail(index, ClosedBy::SlowReader);
                 }

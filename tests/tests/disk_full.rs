@@ -5,8 +5,6 @@
 //! left behind, whatever happens to the test. Where that is not allowed, the test says loudly
 //! that it was skipped. tmpfs has no direct I/O; the server says so and goes on.
 
-#![expect(clippy::disallowed_methods, reason = "real processes are waited for in real time")]
-
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;

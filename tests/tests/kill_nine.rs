@@ -5,6 +5,7 @@
 //! was sent later; whatever it holds must be exactly what was once sent (RELIABILITY P1 to P3,
 //! T2). `ANNULUS_KILL_ROUNDS` sets the number of rounds, 12 unless said otherwise.
 
+#![expect(clippy::unwrap_used, reason = "what is not there fails the test")]
 #![expect(clippy::disallowed_methods, reason = "real processes are killed in real time")]
 
 use std::collections::BTreeMap;

@@ -304,10 +304,26 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         if per_byte <= 0.0 {
             return 0;
         }
-        let sealed_max = self.state.options.memtables_sealed_max;
-        let is_full = self.state.memory.borrow().sealed_count() >= sealed_max;
-        let nanos_max = if is_full { DELAY_FULL_MAX_NANOS } else { DELAY_MAX_NANOS };
-        self.state.throttle.borrow_mut().admit(now, bytes, per_byte, nanos_max).nanos_since(now)
+        let (nanos_min, nanos_max) = self.delay_bounds();
+        let mut throttle = self.state.throttle.borrow_mut();
+        throttle.admit(now, bytes, per_byte, nanos_max).nanos_since(now).max(nanos_min)
+    }
+
+    /// Least and greatest delay of a write. While the last memtable fills they rise: beyond it
+    /// writes are refused, so time is gained for flush, however quick it was until now.
+    fn delay_bounds(&self) -> (u64, u64) {
+        let options = &self.state.options;
+        let memory = self.state.memory.borrow();
+        if memory.sealed_count() < options.memtables_sealed_max {
+            return (0, DELAY_MAX_NANOS);
+        }
+        let size = options.memtable_size as u64;
+        let last = (memory.bytes() as u64)
+            .saturating_sub(size * options.memtables_sealed_max as u64)
+            .min(size);
+        // Nothing in its first half, then by the square.
+        let late = (2 * last).saturating_sub(size) * 1000 / size;
+        (late * late * (DELAY_FULL_MAX_NANOS / 1_000_000), DELAY_FULL_MAX_NANOS)
     }
 
     /// Tells the pace of background work what point reads took of late.

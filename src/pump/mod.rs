@@ -594,6 +594,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             worked = true;
             self.metrics.borrow_mut().counters.connections_shed += 1;
             wires.close(connection);
+            // Nobody tells of the end of what was ended here.
+            self.closed(connection);
         }
         worked
     }

@@ -235,6 +235,54 @@ fn whoever_is_silent_or_drips_is_dropped_in_five_seconds() {
     eventually("descriptors come back", Duration::from_secs(5), || {
         server.descriptors() <= before + 2
     });
+    // And nothing of them is kept.
+    let stats = server.stats();
+    assert!(stats["shards"][0]["gauges"]["connections"].as_u64().unwrap() <= 2, "{stats}");
+}
+
+#[test]
+fn whoever_takes_no_answers_is_cut_off_and_memory_stays_flat() {
+    let dir = scratch();
+    let server = setup(&dir).start();
+    let value = vec![7; 1 << 20];
+    server.namespace().put(b"big", &value).unwrap();
+    let before = server.resident();
+    let mut greedy: Vec<Raw> = (0..8).map(|_| greeted(&server)).collect();
+    for raw in &greedy {
+        raw.shrink_receive_buffer();
+        raw.stream.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+    }
+    let mut most = before;
+    for round in 0..60u32 {
+        for raw in &mut greedy {
+            // 480 answers of 1 MiB that nobody takes. The server may have stopped reading.
+            let _ = raw.send(round, &raw::get(b"big"));
+        }
+        most = most.max(server.resident());
+        thread::sleep(Duration::from_millis(10));
+    }
+    let begin = Instant::now();
+    let mut slowest = Duration::ZERO;
+    let keys = server.namespace();
+    while begin.elapsed() < Duration::from_secs(4) {
+        let asked = Instant::now();
+        keys.put(b"small", b"v").unwrap();
+        assert!(keys.get(b"small").unwrap().is_some());
+        slowest = slowest.max(asked.elapsed());
+        most = most.max(server.resident());
+        thread::sleep(Duration::from_millis(20));
+    }
+    // The memory that was given is 256 MiB; the promise is that and a tenth.
+    assert!(most < 282 << 20, "{} MiB resident", most >> 20);
+    assert!(most - before < 64 << 20, "grew by {} MiB", (most - before) >> 20);
+    assert!(slowest < Duration::from_secs(1), "another client waited {slowest:?}");
+    eventually("they are cut off", Duration::from_secs(20), || {
+        let stats = server.stats();
+        stats["shards"][0]["gauges"]["connections"].as_u64().unwrap() <= 3
+    });
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(16), "{took:?}");
+    serves(&server);
 }
 
 #[test]

@@ -532,7 +532,9 @@ impl Connections {
         let connection = &mut self.table[index as usize];
         connection.phase = Phase::Closing;
         connection.held = Vec::new();
-        connection.progress = self.now;
+        if !connection.sending {
+            connection.progress = self.now;
+        }
         self.leaving += 1;
         if !connection.dirty {
             connection.dirty = true;

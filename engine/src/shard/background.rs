@@ -278,8 +278,8 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
-    /// Seals the memtable when it keeps too much log, though it is not full: a lone writer's small
-    /// records fill a sector or more each. When space is short, whatever is in it is flushed, so
+    /// Seals the memtable when it keeps too much log, though it is not full: overwrites of few keys
+    /// fill the log alone, and a lone writer's small records a sector or more each. When space is short, whatever is in it is flushed, so
     /// that log and deleted records give theirs back. `last` is when that was done last.
     fn give_log_back(&self, last: &mut Instant) {
         let state = &*self.state;
@@ -290,7 +290,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let options = &state.options;
         let segments = state.log.stats().segments_live;
         let kept = segments as u64 * options.log.segment_size;
-        let most = (4 * options.memtable_size as u64)
+        let most = (2 * options.memtable_size as u64)
             .max(4 * options.log.segment_size)
             .max(LOG_KEPT_BYTES);
         let now = state.runtime.now();

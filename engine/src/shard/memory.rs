@@ -11,9 +11,6 @@ use crate::log::Lsn;
 use crate::memtable::Memtable;
 use crate::model::{NamespaceId, RecordRef, Timestamp, Token};
 
-/// Log that a memtable may keep, at least, so that a small one is not flushed for each overwrite.
-const LOGGED_MIN: usize = 64 << 20;
-
 /// A memtable that takes no more records and waits to be flushed.
 pub(crate) struct Sealed {
     /// Its records.
@@ -27,10 +24,6 @@ pub(crate) struct Memory {
     active: Memtable,
     last: Lsn,
     budget_bytes: usize,
-    /// Bytes of log that the active memtable keeps from being released. Overwrites of few keys
-    /// fill the log, not the memtable.
-    logged_bytes: usize,
-    logged_max: usize,
     /// Counts seals, so that a scan notices that records may have moved.
     epoch: u64,
     /// Oldest first.
@@ -48,8 +41,6 @@ impl Memory {
             active: Memtable::new(budget_bytes),
             last: Lsn::default(),
             budget_bytes,
-            logged_bytes: 0,
-            logged_max: (2 * budget_bytes).max(LOGGED_MIN),
             epoch: 0,
             sealed: VecDeque::new(),
             sealed_max: Timestamp::ZERO,
@@ -62,15 +53,13 @@ impl Memory {
         debug_assert!(lsn > self.last);
         self.active.insert(record);
         self.last = lsn;
-        self.logged_bytes += crate::log::format::record_size(record.key.len(), record.value.len());
-        if self.active.is_full() || self.logged_bytes >= self.logged_max {
+        if self.active.is_full() {
             self.seal();
         }
     }
 
     /// Seals the active memtable if it holds anything.
     pub(crate) fn seal(&mut self) {
-        self.logged_bytes = 0;
         if self.active.is_empty() {
             return;
         }

@@ -35,6 +35,9 @@ use shard::ShardStart;
 const MESH_CAPACITY: usize = 4096;
 /// Most time that closing the shards may take after the drain, so that a stop ends within 10 s.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+/// How often, and with which pause, a port is asked for that a killed server may still hold.
+const PORT_TRIES: u32 = 40;
+const PORT_PAUSE: Duration = Duration::from_millis(50);
 /// How often threads are looked at that should have said something.
 const LOOK_AT_THREADS: Duration = Duration::from_millis(200);
 
@@ -175,10 +178,21 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
 /// with one another, so the kernel would let a second server in, and deal out the connections of
 /// one address to two stores.
 fn check_port(address: SocketAddr) -> Result<(), ServeError> {
-    match TcpListener::bind(address) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(ServeError::new(format!("listen on {address}: {error}"))),
+    // The kernel lets go of a killed server's sockets a little after the process is gone, because
+    // its rings end first: a restart at once must not fail for that.
+    for _ in 0..PORT_TRIES {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => pause(PORT_PAUSE),
+            Err(error) => return Err(ServeError::new(format!("listen on {address}: {error}"))),
+            Ok(_) => return Ok(()),
+        }
     }
+    Err(ServeError::new(format!("listen on {address}: the address is in use")))
+}
+
+#[expect(clippy::disallowed_methods, reason = "the main thread before any shard runs")]
+fn pause(time: Duration) {
+    std::thread::sleep(time);
 }
 
 type Thread = std::thread::JoinHandle<Result<(), String>>;

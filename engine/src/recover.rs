@@ -202,6 +202,7 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         upper_tables,
         pace,
         delay_per_byte: Cell::new(0.0),
+        delay_max: Cell::new(crate::compaction::pace::DELAY_MAX_NANOS),
         bytes_since_pressure: Cell::new(0),
         pressure_epoch: Cell::new(0),
         throttle: RefCell::new(WriteThrottle::default()),

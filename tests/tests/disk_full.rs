@@ -5,6 +5,8 @@
 //! left behind, whatever happens to the test. Where that is not allowed, the test says loudly
 //! that it was skipped. tmpfs has no direct I/O; the server says so and goes on.
 
+#![expect(clippy::unwrap_used, reason = "what is not there fails the test")]
+
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -118,5 +120,73 @@ fn a_full_disk_refuses_new_data_serves_the_rest_and_recovers_by_itself() {
         assert!(keys.get(&number.to_le_bytes()).unwrap().is_some(), "{number}");
     }
     assert!(keys.get(&asked.to_le_bytes()).unwrap().is_none(), "what was refused is there");
+    let _ = server.terminate();
+}
+
+/// The data itself fills the disk, to the reserve and no further.
+#[test]
+fn data_that_fills_the_disk_stops_above_the_reserve_and_overwrites_leave_room() {
+    if !namespaces_are_allowed() {
+        skip("disk_full", "this host lets nobody mount a tmpfs of their own");
+        return;
+    }
+    let dir = scratch();
+    let mount = dir.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let mount = mount.to_str().unwrap();
+    let server = Setup::new(PathBuf::from(mount).join("data"))
+        .under(&["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, mount])
+        .with("shards", "1")
+        .with("cores", "0")
+        .with("segment-size", "1MiB")
+        .with("memtable-size", "512KiB")
+        .with("table-size", "2MiB")
+        .with("compression", "none")
+        .with("disk-reserve", "4MiB")
+        .start();
+    let keys = server.namespace();
+    let mut pipeline = keys.pipeline(32);
+    let (mut written, mut full) = (Vec::new(), 0u64);
+    let mut note = |finished: Option<(u64, Result<_, Error>)>| match finished {
+        None => 0,
+        Some((number, Ok(_))) => {
+            written.push(number);
+            0
+        }
+        Some((_, Err(Error::NotStarted { status: Status::FULL, .. }))) => 1,
+        // A writer that is slowed down may find its time over before it began.
+        Some((_, Err(error))) if error.class() == Class::NotStarted => 0,
+        Some((number, Err(error))) => panic!("{number}: {error}"),
+    };
+    for number in 0..20_000u64 {
+        let value = vec![number.to_le_bytes()[0]; 16 << 10];
+        let options = WriteOptions { timeout: Some(Duration::from_secs(20)), ..Default::default() };
+        full += note(pipeline.put(number, number.to_le_bytes().to_vec(), value, options));
+        if full > 40 {
+            break;
+        }
+    }
+    while let Some(finished) = pipeline.finish_one() {
+        full += note(Some(finished));
+    }
+    assert!(full > 40, "{full} refused, {} written", written.len());
+    let (numbers, written) = (written.clone(), written.len());
+    assert!(written > 4_000, "{written} values of 16 KiB on a disk of 192 MiB");
+    let gauge = |name: &str| server.stats()["shards"][0]["gauges"][name].as_u64().unwrap();
+    assert!(gauge("memtable_bytes") < 3 << 20, "memtables hold {}", gauge("memtable_bytes"));
+    for number in numbers.iter().step_by(97) {
+        assert!(keys.get(&number.to_le_bytes()).unwrap().is_some(), "{number} of {written}");
+    }
+    // Deletes make room without anybody's help. While compaction uses the reserve, even they wait.
+    for number in &numbers {
+        eventually("a delete is accepted", Duration::from_secs(20), || {
+            match keys.delete(&number.to_le_bytes()) {
+                Ok(_) => true,
+                Err(error) if error.class() == Class::NotStarted => false,
+                Err(error) => panic!("{number}: {error}"),
+            }
+        });
+    }
+    eventually("compaction makes room", Duration::from_secs(60), || put(&keys, 1, 4096).is_ok());
     let _ = server.terminate();
 }

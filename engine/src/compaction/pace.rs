@@ -186,6 +186,14 @@ pub fn write_delay(pressure: &Pressure, unflushed: &Unflushed, capacity: &Capaci
     (compaction + full * full / capacity.flush) * 1e9
 }
 
+/// The longest delay of one write. Short while debts are near their targets; when they are far
+/// beyond, writes under way are so many that short delays do not bring their sum down.
+#[must_use]
+pub fn delay_max(pressure: &Pressure) -> u64 {
+    let late = excess(pressure).max(1.0);
+    nanos(to_f64(DELAY_MAX_NANOS) * late * late).min(DELAY_FULL_MAX_NANOS)
+}
+
 /// Turns a delay a byte into a delay of each write, whatever number of writers there are: they
 /// share one clock, which each write moves on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -337,5 +345,13 @@ mod tests {
         let last = (0..100).map(|_| throttle.admit(now, 1000, 10.0, DELAY_MAX_NANOS)).last();
         assert_eq!(last, Some(now.after_nanos(100 * 1000 * 10)));
         assert_eq!(throttle.admit(now, 1000, 0.0, DELAY_MAX_NANOS), now);
+    }
+
+    #[test]
+    fn the_longest_delay_grows_only_with_a_debt_far_beyond_its_target() {
+        let target = pressure(0.0);
+        assert_eq!(delay_max(&target), DELAY_MAX_NANOS);
+        let far = pressure(1e6);
+        assert_eq!(delay_max(&far), DELAY_FULL_MAX_NANOS);
     }
 }

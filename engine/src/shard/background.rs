@@ -13,6 +13,7 @@ use crate::buffer::AlignedBuf;
 use crate::cache::{decode_warm_list, encode_warm_list};
 use crate::compaction::Mode;
 use crate::compaction::flush::{FlushOptions, flush};
+use crate::compaction::pace::{DELAY_FULL_MAX_NANOS, delay_max};
 use crate::compaction::{Retention, Unflushed, write_delay};
 use crate::disk::{Disk, File, OpenMode, WriteMode};
 use crate::log::Control;
@@ -246,11 +247,15 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             memtable_size: options.memtable_size as u64,
         };
         let capacity = state.pace.borrow().capacity();
-        let mut delay = write_delay(&state.compactor.pressure(), &unflushed, &capacity);
+        let pressure = state.compactor.pressure();
+        let mut delay = write_delay(&pressure, &unflushed, &capacity);
+        let mut delay_most = delay_max(&pressure);
         if state.space.level() != super::SpaceLevel::Normal {
             // Compaction must win: writers get a tenth of what flush could take.
             delay = delay.max(1e9 * 10.0 / capacity.flush.max(1.0));
+            delay_most = DELAY_FULL_MAX_NANOS;
         }
+        state.delay_max.set(delay_most);
         state.delay_per_byte.set(delay);
     }
 

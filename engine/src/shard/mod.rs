@@ -39,7 +39,7 @@ pub(crate) use space::{SpaceWatch, Thresholds};
 pub(crate) use versions::{Unsettled, Versions};
 
 use crate::cache::BlockCache;
-use crate::compaction::pace::{DELAY_FULL_MAX_NANOS, DELAY_MAX_NANOS};
+use crate::compaction::pace::DELAY_FULL_MAX_NANOS;
 use crate::compaction::{Compactor, Pace, WriteThrottle};
 use crate::disk::Disk;
 use crate::identity::Identity;
@@ -96,6 +96,8 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) pace: Rc<RefCell<Pace>>,
     /// By how many nanoseconds each written byte is slowed now.
     pub(crate) delay_per_byte: Cell<f64>,
+    /// No write is slowed by more, in nanoseconds, while there is room in memory.
+    pub(crate) delay_max: Cell<u64>,
     /// Bytes written since, and the memtables as they were, when that was last computed.
     pub(crate) bytes_since_pressure: Cell<usize>,
     pub(crate) pressure_epoch: Cell<u64>,
@@ -315,7 +317,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let options = &self.state.options;
         let memory = self.state.memory.borrow();
         if memory.sealed_count() < options.memtables_sealed_max {
-            return (0, DELAY_MAX_NANOS);
+            return (0, self.state.delay_max.get());
         }
         let size = options.memtable_size as u64;
         let last = (memory.bytes() as u64)

@@ -5,8 +5,6 @@
 //! left behind, whatever happens to the test. Where that is not allowed, the test says loudly
 //! that it was skipped. tmpfs has no direct I/O; the server says so and goes on.
 
-#![expect(clippy::unwrap_used, reason = "what is not there fails the test")]
-
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;

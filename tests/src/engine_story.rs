@@ -169,7 +169,13 @@ fn check_image(
             context: None,
             condition: Condition::None,
         };
-        let applied = shard.apply(&mutation, runtime.wall()).unwrap();
+        // A replay may leave memory full; the flush that makes room is under way.
+        let applied = loop {
+            match shard.apply(&mutation, runtime.wall()) {
+                Err(Error::Busy { .. }) => executor.run_for_nanos(10_000_000),
+                other => break other.unwrap(),
+            }
+        };
         book.note_version(&key, &applied);
         executor.run(shard.wait_visible(applied.lsn)).unwrap();
         book.note_durable(&key, &applied);

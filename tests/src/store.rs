@@ -259,14 +259,17 @@ impl Store {
 
     /// After a crash: finds the cut of the log that explains what is there. Panics if none does.
     pub fn settle_survivors(&mut self) {
-        let mut seen = self.executor.run(contents(&self.shard(), self.now_ms()));
+        // Reading takes time; what expires meanwhile counts as there for both sides.
+        let mut now_ms = self.now_ms();
+        let mut seen = self.executor.run(contents(&self.shard(), now_ms));
         if let Err(error) = &seen {
             // It must be known what is there: the disk is mended before its time.
             self.accept(error, "a scan");
             self.disk.clear_faults();
-            seen = self.executor.run(contents(&self.shard(), self.now_ms()));
+            now_ms = self.now_ms();
+            seen = self.executor.run(contents(&self.shard(), now_ms));
         }
-        let (seen, now_ms) = (seen.unwrap(), self.now_ms());
+        let seen = seen.unwrap();
         let settled = self.book.borrow_mut().settle(&seen, now_ms);
         settled.unwrap_or_else(|problem| panic!("{problem}"));
     }
@@ -351,7 +354,7 @@ impl Store {
                 self.refused_for_space += 1;
                 return self.settle();
             }
-            Err(Error::Invalid { what }) if has_siblings && what.contains("siblings") => return,
+            Err(Error::TooManySiblings(_)) if has_siblings => return,
             Err(error) => return self.accept(&error, "a write"),
         };
         let mut book = self.book.borrow_mut();

@@ -138,6 +138,7 @@ pub(crate) async fn run(
         .map_err(text)?;
     // Perhaps another one than at the start: see the pump's `revive`.
     let shard = served.pump.shard().clone();
+    tracing::debug!(shard = index, idle = served.pump.is_idle(), "drained");
     drop(served);
     let closed = drive(&ring, &runtime, shard.close()).await.map_err(text)?;
     runtime.shut_down();

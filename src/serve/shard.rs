@@ -100,7 +100,8 @@ pub(crate) async fn run(
     node.join(index, Inbox { asks, waker: ring.waker() });
     let map = ShardMap::new(index, facts.shard_count, facts.partition_bits);
     let desk = Rc::new(Desk { node: Arc::clone(&node), disk });
-    let catalogue = Rc::new((*node.catalogue()).clone());
+    let known = node.catalogue();
+    let catalogue = Rc::new((*known).clone());
     shard.set_dropped_namespaces(catalogue.dropped());
     let mut pump = Pump::new(
         shard,
@@ -126,6 +127,7 @@ pub(crate) async fn run(
         node: Arc::clone(&node),
         runtime: runtime.clone(),
         changes: 0,
+        catalogue: known,
         drain_until: None,
         next_note: Instant(0),
     };
@@ -438,6 +440,8 @@ struct Served {
     runtime: ShardRuntime,
     /// The node's changes as last seen.
     changes: u64,
+    /// The namespaces that the pump was given.
+    catalogue: Arc<Catalogue>,
     drain_until: Option<Instant>,
     next_note: Instant,
 }
@@ -485,8 +489,11 @@ impl Served {
     fn look_at_changes(&mut self, now: Instant) {
         self.changes = self.node.changes();
         let catalogue = self.node.catalogue();
-        self.pump.shard().set_dropped_namespaces(catalogue.dropped());
-        self.pump.set_catalogue(Rc::new((*catalogue).clone()));
+        if !Arc::ptr_eq(&catalogue, &self.catalogue) {
+            self.pump.shard().set_dropped_namespaces(catalogue.dropped());
+            self.pump.set_catalogue(Rc::new((*catalogue).clone()));
+            self.catalogue = catalogue;
+        }
         while let Ok(ask) = self.inbox.try_recv() {
             match ask {
                 Ask::Snapshot(reply) => {

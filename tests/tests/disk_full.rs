@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -37,6 +37,20 @@ fn put(keys: &BlockingNamespace, number: u64, size: usize) -> Result<(), Error> 
     keys.put_with(&number.to_le_bytes(), &vec![byte; size], &options).map(drop)
 }
 
+/// A server of one shard with its data on a file system of its own, mounted below `dir`.
+fn on_a_small_disk(dir: &Path) -> Setup {
+    let mount = dir.join("mount");
+    std::fs::create_dir(&mount).expect("a fresh directory");
+    let mount = mount.to_str().expect("a plain path");
+    Setup::new(PathBuf::from(mount).join("data"))
+        .under(&["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, mount])
+        .with("shards", "1")
+        .with("cores", "0")
+        .with("segment-size", "1MiB")
+        .with("memtable-size", "512KiB")
+        .with("disk-reserve", "4MiB")
+}
+
 #[test]
 fn a_full_disk_refuses_new_data_serves_the_rest_and_recovers_by_itself() {
     if !namespaces_are_allowed() {
@@ -44,17 +58,7 @@ fn a_full_disk_refuses_new_data_serves_the_rest_and_recovers_by_itself() {
         return;
     }
     let dir = scratch();
-    let mount = dir.path().join("mount");
-    std::fs::create_dir(&mount).unwrap();
-    let mount = mount.to_str().unwrap();
-    let server = Setup::new(PathBuf::from(mount).join("data"))
-        .under(&["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, mount])
-        .with("shards", "1")
-        .with("cores", "0")
-        .with("segment-size", "1MiB")
-        .with("memtable-size", "512KiB")
-        .with("disk-reserve", "4MiB")
-        .start();
+    let server = on_a_small_disk(dir.path()).start();
     let keys = server.namespace();
     for number in 0..200 {
         put(&keys, number, 4096).unwrap();
@@ -129,19 +133,8 @@ fn data_that_fills_the_disk_stops_above_the_reserve_and_overwrites_leave_room() 
         return;
     }
     let dir = scratch();
-    let mount = dir.path().join("mount");
-    std::fs::create_dir(&mount).unwrap();
-    let mount = mount.to_str().unwrap();
-    let server = Setup::new(PathBuf::from(mount).join("data"))
-        .under(&["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, mount])
-        .with("shards", "1")
-        .with("cores", "0")
-        .with("segment-size", "1MiB")
-        .with("memtable-size", "512KiB")
-        .with("table-size", "2MiB")
-        .with("compression", "none")
-        .with("disk-reserve", "4MiB")
-        .start();
+    let server =
+        on_a_small_disk(dir.path()).with("table-size", "2MiB").with("compression", "none").start();
     let keys = server.namespace();
     let mut pipeline = keys.pipeline(32);
     let (mut written, mut full) = (Vec::new(), 0u64);

@@ -6,12 +6,15 @@
 //! guarantees it will have to keep once several nodes serve together are in
 //! `cluster/README.md`.
 //!
-//! [`member`] has who there is; [`ring`] has who holds which partition.
+//! [`member`] has who there is; [`ring`] has who holds which partition; [`topology`] has both as
+//! one node sees them.
 
 #![forbid(unsafe_code)]
 
 pub mod member;
 pub mod ring;
+pub mod topology;
 
 pub use member::{Member, NodeId, Weight};
 pub use ring::{Ring, RingError, VirtualNode};
+pub use topology::{NodeInfo, Topology};

@@ -7,11 +7,12 @@
 //! `cluster/README.md`.
 //!
 //! [`member`] has who there is; [`ring`] has who holds which partition; [`topology`] has both as
-//! one node sees them.
+//! one node sees them; [`message`] has what shards of different nodes say to each other.
 
 #![forbid(unsafe_code)]
 
 pub mod member;
+pub mod message;
 pub mod ring;
 pub mod topology;
 

@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod coordinator;
 pub mod member;
 pub mod message;
 pub mod ring;

@@ -16,6 +16,7 @@ mod admin;
 mod answer;
 mod execute;
 mod forward;
+mod links;
 mod revive;
 mod scan;
 mod sessions;
@@ -50,6 +51,7 @@ use futures_util::stream::FuturesUnordered;
 pub use admin::{AdminDesk, AdminJob, disk_level};
 pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
+pub use links::{Lane, LinkDown, Links};
 
 use crate::metrics::{Latency, ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};

@@ -7,6 +7,7 @@ pub mod context;
 pub mod limits;
 pub mod merge;
 pub mod record;
+pub mod seen;
 pub mod siblings;
 pub mod timestamp;
 pub mod token;
@@ -14,5 +15,6 @@ pub(crate) mod varint;
 
 pub use causality::{Context, Dot, OriginId, VersionVector};
 pub use record::{Kind, NamespaceId, Record, RecordRef};
+pub use seen::{InvalidSeen, SeenOrigin, SeenSet};
 pub use timestamp::{Instant, Timestamp, WallMicros};
 pub use token::{PartitionId, Token, TokenRange};

@@ -3,9 +3,11 @@
 //! Invariant: whatever a test does follows from a seed, which it prints when it fails. Read
 //! `model.rs` first: it says what right answers are, in the plainest code that can say it.
 
+pub mod checker;
 pub mod concurrent_story;
 pub mod engine_story;
 pub mod faults;
+pub mod history;
 pub mod log_story;
 pub mod model;
 pub mod raw;

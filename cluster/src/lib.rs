@@ -7,13 +7,15 @@
 //! `cluster/README.md`.
 //!
 //! [`member`] has who there is; [`ring`] has who holds which partition; [`topology`] has both as
-//! one node sees them; [`message`] has what shards of different nodes say to each other.
+//! one node sees them; [`message`] has what shards of different nodes say to each other;
+//! [`repair`] checks that those who have seen the same writes hold the same records.
 
 #![forbid(unsafe_code)]
 
 pub mod coordinator;
 pub mod member;
 pub mod message;
+pub mod repair;
 pub mod ring;
 pub mod topology;
 

@@ -1,0 +1,17 @@
+//! Checks that replicas which have seen the same writes hold the same records, and repairs them.
+//!
+//! Catching up is not done here: a replica that has missed writes knows it from its seen-set. What
+//! is left are faults: a lost write, a rotten block, a bug. They show as trees that differ where
+//! the seen-sets are equal. Invariant: replicas of equal history are never reported as different,
+//! whatever is written, purged, lost or delayed meanwhile.
+//!
+//! [`sum`] has what a record adds to its leaf, [`merkle`] the tree of a partition, [`reading`]
+//! what a scan of a few tokens tells about it.
+
+pub mod merkle;
+pub mod reading;
+pub mod sum;
+
+pub use merkle::{MerkleTree, Node, Unclear};
+pub use reading::{Detail, Finished, Reading};
+pub use sum::{HashSeed, Hour, Sum};

@@ -449,7 +449,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub fn next_timeout(&self) -> Option<Instant> {
         let waits = !self.writes.is_empty() || !self.tasks.is_empty() || !self.forwarded.is_empty();
         if waits {
-            return Some(self.next_sweep);
+            let held = self.writes.held_until(self.shard.visible());
+            return Some(held.map_or(self.next_sweep, |held| held.min(self.next_sweep)));
         }
         let sessions = (!self.sessions.is_empty()).then_some(self.next_session_sweep);
         sessions.into_iter().chain(self.revival.next_timeout()).min()

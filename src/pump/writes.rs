@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 
 use annulus_engine::disk::Disk;
+use annulus_engine::log::Lsn;
 use annulus_engine::model::Instant;
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Applied;
@@ -47,6 +48,12 @@ impl WriteQueue {
 
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
+    }
+
+    /// When the first answer may leave, if only the throttle holds it back.
+    pub(super) fn held_until(&self, visible: Lsn) -> Option<Instant> {
+        let front = self.waiting.front()?;
+        (front.applied.lsn <= visible).then_some(front.not_before)
     }
 }
 

@@ -186,6 +186,20 @@ pub fn write_delay(pressure: &Pressure, unflushed: &Unflushed, capacity: &Capaci
     (compaction + full * full / capacity.flush) * 1e9
 }
 
+/// Nanoseconds by which a write must be delayed while `pending` bytes wait for the commit log,
+/// which refuses at `pending_max`. Nothing up to a quarter of it, then by the square: whatever
+/// the number of writers, at some depth of the queue they bring what the disk takes.
+#[inline]
+#[must_use]
+pub fn log_delay(pending: u64, pending_max: u64) -> u64 {
+    let free = pending_max / 4;
+    if pending <= free {
+        return 0;
+    }
+    let late = (to_f64(pending - free) / to_f64(pending_max - free)).min(1.0);
+    nanos(late * late * to_f64(DELAY_FULL_MAX_NANOS))
+}
+
 /// The longest delay of one write. Short while debts are near their targets; when they are far
 /// beyond, writes under way are so many that short delays do not bring their sum down.
 #[must_use]
@@ -345,6 +359,23 @@ mod tests {
         let last = (0..100).map(|_| throttle.admit(now, 1000, 10.0, DELAY_MAX_NANOS)).last();
         assert_eq!(last, Some(now.after_nanos(100 * 1000 * 10)));
         assert_eq!(throttle.admit(now, 1000, 0.0, DELAY_MAX_NANOS), now);
+    }
+
+    #[test]
+    fn a_log_that_falls_behind_slows_writers_before_it_refuses_them() {
+        // 800 writers in a closed loop bring 170 bytes each as soon as they are answered, up to
+        // 200 bytes/us; the disk takes nothing for half a second, then 50 bytes/us.
+        let (pending_max, mut pending) = (16u64 << 20, 0u64);
+        for step in 0..20_000u64 {
+            let nanos = log_delay(pending, pending_max).max(680_000);
+            pending += 800 * 170 * 100_000 / nanos;
+            pending -= if step < 5000 { 0 } else { pending.min(5000) };
+            assert!(pending < pending_max, "refused at step {step}");
+        }
+        assert!(pending < pending_max / 2, "{pending}");
+        assert_eq!(log_delay(pending_max / 4, pending_max), 0);
+        assert_eq!(log_delay(u64::MAX, pending_max), DELAY_FULL_MAX_NANOS);
+        assert_eq!(log_delay(0, 0), 0);
     }
 
     #[test]

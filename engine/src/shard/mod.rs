@@ -39,13 +39,13 @@ pub(crate) use space::{SpaceWatch, Thresholds};
 pub(crate) use versions::{Unsettled, Versions};
 
 use crate::cache::BlockCache;
-use crate::compaction::pace::DELAY_FULL_MAX_NANOS;
+use crate::compaction::pace::{DELAY_FULL_MAX_NANOS, log_delay};
 use crate::compaction::{Compactor, Pace, WriteThrottle};
 use crate::disk::Disk;
 use crate::identity::Identity;
 use crate::log::{CommitLog, LogIdentity, LogStats, Lsn};
 use crate::model::{Instant, NamespaceId, Timestamp, Token};
-use crate::options::Options;
+use crate::options::{Durability, Options};
 use crate::runtime::Runtime;
 use crate::sstable::TableOptions;
 use crate::tables::Tables;
@@ -302,13 +302,27 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         {
             self.update_pressure();
         }
+        let log_nanos = self.log_delay_nanos();
         let per_byte = self.state.delay_per_byte.get();
         if per_byte <= 0.0 {
-            return 0;
+            return log_nanos;
         }
         let (nanos_min, nanos_max) = self.delay_bounds();
+        let nanos_min = nanos_min.max(log_nanos);
         let mut throttle = self.state.throttle.borrow_mut();
         throttle.admit(now, bytes, per_byte, nanos_max).nanos_since(now).max(nanos_min)
+    }
+
+    /// Least delay of a write for the bytes that the log has not written yet: its bound refuses.
+    /// In `sync` mode every answer waits for the log as it is.
+    fn log_delay_nanos(&self) -> u64 {
+        let log = &self.state.options.log;
+        match log.durability {
+            Durability::Sync => 0,
+            Durability::Periodic { .. } => {
+                log_delay(self.state.log.pending_bytes() as u64, log.pending_size_max as u64)
+            }
+        }
     }
 
     /// Least and greatest delay of a write. While the last memtable fills they rise: beyond it

@@ -10,6 +10,7 @@ pub mod client;
 pub mod client_connection;
 #[cfg(feature = "uring")]
 pub mod driver;
+pub mod peer_connection;
 pub mod server_connection;
 pub mod wire;
 

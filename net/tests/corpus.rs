@@ -96,6 +96,20 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         [&[2], &frame(8, 0, 1, b"{}")[..], &frame(2, 2, 2, &busy), &frame(8, 8, 3, &busy)];
     seeds.push(("client/replies".to_owned(), replies.concat()));
     seeds.push(("client/goodbye".to_owned(), [&[2], &frame(0x7f, 0, 0, &busy)[..]].concat()));
+    seeds.push(("peer/hello".to_owned(), vec![7]));
+    let message = [&[7, 0x40, 0, 5, 0], &b"hello"[..], &[0x40, 0, 3, 0], b"you"].concat();
+    seeds.push(("peer/messages".to_owned(), message));
+    let mut slices = vec![3];
+    for (offset, piece) in [(0u32, &[1; 30][..]), (30, &[2; 30]), (60, &[3; 10])] {
+        let size = u8::try_from(8 + piece.len()).expect("small");
+        slices.extend_from_slice(&[0x40, 1, size, 0]);
+        slices.extend_from_slice(&70u32.to_le_bytes());
+        slices.extend_from_slice(&offset.to_le_bytes());
+        slices.extend_from_slice(piece);
+    }
+    seeds.push(("peer/slices".to_owned(), slices));
+    seeds.push(("peer/second-hello".to_owned(), vec![9, 0x41, 0, 0, 0]));
+    seeds.push(("peer/stranger".to_owned(), b"\x80\x01\0\x08\0ANNULUS\0".to_vec()));
     seeds
 }
 
@@ -107,12 +121,13 @@ fn every_stored_input_is_survived_by_every_target() {
         }
     }
     let mut count = 0;
-    for folder in ["server", "client", "bodies"] {
+    for folder in ["server", "client", "bodies", "peer"] {
         for entry in std::fs::read_dir(corpus().join(folder)).unwrap() {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap();
             targets::server(&bytes);
             targets::client(&bytes);
             targets::bodies(&bytes);
+            targets::peer(&bytes);
             // Cut anywhere and with each byte changed, as a fuzzer would begin.
             for at in 0..bytes.len().min(300) {
                 targets::server(&bytes[..at]);
@@ -121,6 +136,8 @@ fn every_stored_input_is_survived_by_every_target() {
                 targets::server(&changed);
                 targets::client(&changed);
                 targets::bodies(&changed);
+                targets::peer(&bytes[..at]);
+                targets::peer(&changed);
             }
             count += 1;
         }

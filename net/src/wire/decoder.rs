@@ -106,6 +106,12 @@ impl FrameDecoder {
         self.position
     }
 
+    /// Both ends have agreed that the stream goes on at another position. Only between frames.
+    pub fn set_position(&mut self, position: u64) {
+        debug_assert!(!self.is_inside_frame(), "a frame has been checked already");
+        self.position = position;
+    }
+
     #[inline]
     fn header(&self, head: &[u8; HEADER_SIZE]) -> Result<FrameHeader, FrameError> {
         let header = FrameHeader::decode(head, self.position)?;

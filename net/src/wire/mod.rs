@@ -12,6 +12,7 @@ pub mod frame;
 pub mod hello;
 pub mod operation;
 pub mod peek;
+pub mod peer;
 pub mod request;
 pub mod response;
 pub mod scan;

@@ -106,6 +106,11 @@ impl FrameWriter {
         self.queued_bytes
     }
 
+    /// Both ends have agreed that the stream goes on at another position.
+    pub fn set_position(&mut self, position: u64) {
+        self.position = position;
+    }
+
     fn long_message(&mut self, head: Head, body: Vec<u8>) {
         self.queued_bytes += body.len();
         self.queue.push_back(Outgoing { head, body, offset: 0 });

@@ -7,10 +7,14 @@
 
 use annulus_engine::model::{Instant, NamespaceId, OriginId};
 use annulus_net::client_connection::ClientConnection;
+use annulus_net::peer_connection::{
+    HANDSHAKE_BYTES_MAX, PeerDialer, PeerFacts, PeerListener, PeerMember, PeerOptions, PeerTarget,
+};
 use annulus_net::server_connection::{
     ConnectionOptions, MemoryBudget, ServerConnection, ServerFacts,
 };
 use annulus_net::wire::hello::{Hello, Limits, Mode, NamespaceFact, Welcome, want};
+use annulus_net::wire::peer::{PeerHello, PeerWelcome};
 use annulus_net::wire::request::{DecodeContext, Outgoing, Request};
 use annulus_net::wire::response::{
     self, BatchResults, Failure, Page, PageRef, ReadFacts, ReadReply, Route, WriteFacts,
@@ -163,6 +167,66 @@ pub(crate) fn client(data: &[u8]) {
     assert!(connection.pending().count() == 0 || first & 0x80 != 0);
 }
 
+/// A shard hears a peer that says anything, and dials one that answers anything. The frames are
+/// as for `server`, without fields that must be zero; the highest bit of the first byte leaves
+/// the PEER_HELLO out.
+pub(crate) fn peer(data: &[u8]) {
+    let facts = |node: u32| PeerFacts {
+        cluster: 1,
+        hash_seed: 2,
+        partition_bits: 4,
+        members_digest: 3,
+        members: vec![PeerMember { node: OriginId(3 - node), life: 1 }],
+        node: OriginId(node),
+        shard: 0,
+        shard_count: 1,
+        life: 1,
+        options: PeerOptions { message_size_max: 50_000, ..PeerOptions::default() },
+    };
+    let (dialing, listening) = (facts(1), facts(2));
+    let (cut, mut data) = data.split_first().map_or((1, data), |(cut, rest)| (*cut, rest));
+    let mut bytes = Vec::new();
+    let target = PeerTarget { node: OriginId(2), shard: 0, lane: 0 };
+    let mut dialer = PeerDialer::new(Instant(0), &dialing, target, &mut bytes);
+    let mut writer = FrameWriter::default();
+    if cut & 0x80 == 0 {
+        writer.set_position(9);
+    } else {
+        bytes.clear();
+    }
+    while let [opcode, flags, low, high, rest @ ..] = data {
+        let size = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
+        let (body, after) = rest.split_at(size);
+        let head = Head { opcode: *opcode, flags: flags & 0b1011, ..Head::default() };
+        writer.message(&mut bytes, head, body.len(), |out| out.extend_from_slice(body));
+        data = after;
+    }
+    bytes.extend_from_slice(data);
+    let mut listener = PeerListener::new(Instant(0), &listening, 9);
+    let mut out = Vec::new();
+    for piece in bytes.chunks(1 + usize::from(cut & 0x7f) * 97) {
+        let mut count = 0;
+        let received =
+            listener.receive(Instant(0), piece, &listening, &mut out, &mut |peer, body| {
+                assert_eq!(peer.node, OriginId(1), "nobody else is let in");
+                count += body.len();
+            });
+        assert!(count == 0 || listener.peer().is_some());
+        let bound = if listener.peer().is_some() { 200_000 } else { HANDSHAKE_BYTES_MAX };
+        assert!(listener.memory() <= bound, "memory is bounded");
+        if received.is_err() {
+            break;
+        }
+    }
+    let _ = listener.handle_timeout(Instant(u64::MAX), &listening, &mut out);
+    // The same bytes as an answer, after the true one or instead of it.
+    let mut sent = Vec::new();
+    let _ = dialer.receive(&out, &dialing, &mut sent);
+    let _ = dialer.receive(&bytes, &dialing, &mut sent);
+    dialer.message(&mut vec![1; 40_000], &mut sent);
+    dialer.fill_output(&mut sent, usize::MAX);
+}
+
 /// Every body there is, of any bytes.
 pub(crate) fn bodies(data: &[u8]) {
     let context = DecodeContext {
@@ -179,6 +243,8 @@ pub(crate) fn bodies(data: &[u8]) {
         }
     }
     let _ = Hello::decode(data);
+    let _ = PeerHello::decode(data);
+    let _ = PeerWelcome::decode(data);
     let _ = Welcome::decode(data);
     let _ = ReadReply::decode(data);
     let _ = response::decode_write(data);

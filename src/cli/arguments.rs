@@ -36,6 +36,13 @@ pub(crate) enum Command {
         annulus serve\n\nPrints one line when it serves:\n  annulus ready client=... peer=... \
         admin=... shards=N data=...")]
     Serve(Box<ServeArguments>),
+    /// Run a cluster of several processes on this machine, to try things out.
+    #[cfg(feature = "uring")]
+    #[command(after_help = "Examples:\n  annulus dev --nodes 3\n  annulus dev --stop 2\n  \
+        annulus put k v --addr 127.0.0.1:7401\n  annulus dev --start 2\n\nNode I serves clients on \
+        port 7401 + 10 (I - 1), peers on the next, HTTP on the one after. Options after -- go to \
+        every node's `serve`.")]
+    Dev(DevArguments),
     /// Look at the host: what is there, what is in the way, what to choose.
     #[command(after_help = "Example:\n  annulus doctor --data-dir /srv/annulus\n\nExits 0 when a \
         node can serve here.")]
@@ -89,6 +96,30 @@ pub(crate) enum Command {
         annulus snapshot delete monday"
     )]
     Snapshot(SnapshotArguments),
+}
+
+/// A cluster on this machine.
+#[cfg(feature = "uring")]
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DevArguments {
+    /// How many nodes.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) nodes: u32,
+    /// Where their files go.
+    #[arg(long, value_name = "DIR", default_value = "./annulus-dev")]
+    pub(crate) data_dir: PathBuf,
+    /// First port of the first node.
+    #[arg(long, value_name = "PORT", default_value_t = 7401)]
+    pub(crate) base_port: u16,
+    /// Stop this node of the running cluster.
+    #[arg(long, value_name = "I", conflicts_with = "start")]
+    pub(crate) stop: Option<u32>,
+    /// Start this node of the running cluster again.
+    #[arg(long, value_name = "I")]
+    pub(crate) start: Option<u32>,
+    /// More options for every node.
+    #[arg(last = true, value_name = "SERVE OPTIONS")]
+    pub(crate) serve: Vec<OsString>,
 }
 
 /// Which server, and how long to wait for it.

@@ -7,6 +7,8 @@
 mod admin;
 mod arguments;
 mod data;
+#[cfg(feature = "uring")]
+mod dev;
 mod doctor;
 mod export;
 mod import;
@@ -100,6 +102,8 @@ fn dispatch(command: Command) -> Outcome {
     match command {
         #[cfg(feature = "uring")]
         Command::Serve(arguments) => serve::run(*arguments),
+        #[cfg(feature = "uring")]
+        Command::Dev(arguments) => dev::run(arguments),
         Command::Doctor(arguments) => doctor::run(*arguments),
         Command::Put(arguments) => data::put(arguments),
         Command::Get(arguments) => data::get(arguments),

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod inspect;
+pub mod members;
 pub mod metrics;
 pub mod namespaces;
 pub mod pump;

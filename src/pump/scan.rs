@@ -52,7 +52,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 let reply = Err((Status::NO_NAMESPACE, "no namespace has this id".to_owned()));
                 return Done::Admin { origin, reply };
             }
-            let request = ScanRequest { range, after: &after, namespace: Some(namespace) };
+            let after = (!after.is_empty()).then_some((namespace, after.as_slice()));
+            let request = ScanRequest { range, after, namespace: Some(namespace) };
             let next = shard
                 .scan(&request, &mut |record| {
                     if all || record.kind != Kind::Siblings && record.is_live(wall) {

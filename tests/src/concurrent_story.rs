@@ -172,7 +172,7 @@ impl Client {
         found: &mut BTreeMap<KeyName, (Vec<u8>, u64)>,
     ) -> Result<()> {
         let request =
-            ScanRequest { range: TokenRange::FULL, after: b"", namespace: Some(namespace) };
+            ScanRequest { range: TokenRange::FULL, after: None, namespace: Some(namespace) };
         let mut visit = |record: &RecordRef<'_>| {
             if let Some(value) = readable(record, 0) {
                 found.insert((record.namespace, record.key.to_vec()), (value, record.expiry_ms));

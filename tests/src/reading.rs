@@ -56,7 +56,7 @@ pub async fn read(shard: &SimShard, key: &KeyName, now_ms: u64) -> Result<Option
 /// # Errors
 /// As [`Shard::scan`](annulus_engine::shard::Shard::scan).
 pub async fn contents(shard: &SimShard, now_ms: u64) -> Result<Contents> {
-    let request = ScanRequest { range: TokenRange::FULL, after: b"", namespace: None };
+    let request = ScanRequest { range: TokenRange::FULL, after: None, namespace: None };
     let mut found = Contents::new();
     let mut last = None;
     let mut visit = |record: &RecordRef<'_>| {
@@ -77,7 +77,8 @@ pub(crate) async fn pages(
     let (mut found, mut last) = (Contents::new(), None);
     let (mut range, mut after) = (TokenRange::FULL, Vec::new());
     loop {
-        let request = ScanRequest { range, after: &after, namespace: Some(namespace) };
+        let behind = (!after.is_empty()).then_some((namespace, after.as_slice()));
+        let request = ScanRequest { range, after: behind, namespace: Some(namespace) };
         let mut count = 0;
         let mut visit = |record: &RecordRef<'_>| {
             take(record, now_ms, &mut last, &mut found);

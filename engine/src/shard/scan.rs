@@ -28,8 +28,8 @@ const STEP_RECORDS: usize = 256;
 pub struct ScanRequest<'a> {
     /// Their tokens.
     pub range: TokenRange,
-    /// If not empty: only keys behind this one, whose token is `range.first`.
-    pub after: &'a [u8],
+    /// Only keys behind this one of that namespace, whose token is `range.first`.
+    pub after: Option<(NamespaceId, &'a [u8])>,
     /// Only of this namespace.
     pub namespace: Option<NamespaceId>,
 }
@@ -99,11 +99,9 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         request: &ScanRequest<'_>,
         visit: &mut dyn FnMut(&RecordRef<'_>) -> bool,
     ) -> Result<Option<(Token, Vec<u8>)>> {
-        let mut place: Option<Place> = (!request.after.is_empty()).then(|| Place {
-            token: request.range.first,
-            namespace: request.namespace.unwrap_or_default(),
-            key: request.after.to_vec(),
-        });
+        let token = request.range.first;
+        let mut place: Option<Place> =
+            request.after.map(|(namespace, key)| Place { token, namespace, key: key.to_vec() });
         loop {
             let epoch = self.state.memory.borrow().epoch();
             let set = self.state.tables.current();

@@ -108,7 +108,8 @@ impl World {
         let mut after = Vec::new();
         loop {
             let mut seen = 0;
-            let request = ScanRequest { range, after: &after, namespace: Some(NS) };
+            let behind = (!after.is_empty()).then_some((NS, after.as_slice()));
+            let request = ScanRequest { range, after: behind, namespace: Some(NS) };
             let next = self.run(shard.scan(&request, &mut |record| {
                 all.push((record.key.to_vec(), record.value.to_vec()));
                 seen += 1;

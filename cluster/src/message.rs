@@ -125,10 +125,10 @@ pub enum PeerMessage<'a> {
         partition: PartitionId,
         /// What the asking replica has seen, encoded.
         seen: &'a [u8],
-        /// With `from_key`: only what lies at or after here.
-        from_token: Token,
-        /// Up to `KEY_SIZE_MAX` bytes; empty for the token's first key.
-        from_key: &'a [u8],
+        /// Only what lies at or behind here.
+        from: Token,
+        /// Only what lies behind this key of `from`.
+        after: Option<(NamespaceId, &'a [u8])>,
         /// About how large a page may be, in bytes.
         bytes_max: u32,
     },
@@ -140,8 +140,8 @@ pub enum PeerMessage<'a> {
         partition: PartitionId,
         /// Records in the order of their keys.
         records: RecordList<'a>,
-        /// Where the next page begins; `None`: this is the last one.
-        next: Option<(Token, &'a [u8])>,
+        /// Behind which key the next page begins; `None`: this is the last one.
+        next: Option<(Token, NamespaceId, &'a [u8])>,
         /// What the helper had seen when its scan began, encoded; the same for all pages.
         seen: &'a [u8],
         /// The helper's incarnation of the partition.
@@ -193,6 +193,15 @@ pub enum PeerMessage<'a> {
         received_wall_us: u64,
         /// The answering wall clock when the answer went.
         replied_wall_us: u64,
+    },
+    /// What clients should know of the sender, and the namespaces as it knows them.
+    Settings {
+        /// Where clients reach the sender.
+        client: &'a [u8],
+        /// How many changes made the catalogue; the greater is the newer.
+        generation: u64,
+        /// The namespaces, encoded.
+        catalogue: &'a [u8],
     },
 }
 
@@ -284,6 +293,7 @@ mod kind {
     pub(super) const FETCH: u8 = 13;
     pub(super) const PROBE: u8 = 14;
     pub(super) const PROBE_DONE: u8 = 15;
+    pub(super) const SETTINGS: u8 = 16;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -306,6 +316,7 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Fetch { .. } => "fetch",
             PeerMessage::Probe { .. } => "probe",
             PeerMessage::ProbeDone { .. } => "probe_done",
+            PeerMessage::Settings { .. } => "settings",
         }
     }
 
@@ -381,13 +392,17 @@ impl<'a> PeerMessage<'a> {
                 out.put_u64(*version);
                 out.put_u64(hlc.0);
             }
-            PeerMessage::Sync { id, partition, seen, from_token, from_key, bytes_max } => {
+            PeerMessage::Sync { id, partition, seen, from, after, bytes_max } => {
                 out.put_u8(kind::SYNC);
                 out.put_u64(*id);
                 out.put_u32(partition.0);
                 put_long(out, seen);
-                out.put_u64(from_token.0);
-                out.put_short(from_key);
+                out.put_u64(from.0);
+                out.put_u8(u8::from(after.is_some()));
+                if let Some((namespace, key)) = after {
+                    out.put_u32(namespace.0);
+                    out.put_short(key);
+                }
                 out.put_u32(*bytes_max);
             }
             PeerMessage::SyncPage { id, partition, records, next, seen, helper_incarnation } => {
@@ -398,8 +413,9 @@ impl<'a> PeerMessage<'a> {
                 out.put_u32(records.count());
                 put_long(out, records.bytes());
                 out.put_u8(u8::from(next.is_some()));
-                if let Some((token, key)) = next {
+                if let Some((token, namespace, key)) = next {
                     out.put_u64(token.0);
+                    out.put_u32(namespace.0);
                     out.put_short(key);
                 }
                 put_long(out, seen);
@@ -436,6 +452,12 @@ impl<'a> PeerMessage<'a> {
                 out.put_u64(*sent_wall_us);
                 out.put_u64(*received_wall_us);
                 out.put_u64(*replied_wall_us);
+            }
+            PeerMessage::Settings { client, generation, catalogue } => {
+                out.put_u8(kind::SETTINGS);
+                put_long(out, client);
+                out.put_u64(*generation);
+                put_long(out, catalogue);
             }
         }
     }
@@ -506,8 +528,11 @@ impl<'a> PeerMessage<'a> {
                 id: reader.u64()?,
                 partition: partition(&mut reader)?,
                 seen: long(&mut reader)?,
-                from_token: Token(reader.u64()?),
-                from_key: key(&mut reader)?,
+                from: Token(reader.u64()?),
+                after: match flag(&mut reader)? {
+                    true => Some((NamespaceId(reader.u32()?), key(&mut reader)?)),
+                    false => None,
+                },
                 bytes_max: reader.u32()?,
             },
             kind::SYNC_PAGE => PeerMessage::SyncPage {
@@ -518,7 +543,9 @@ impl<'a> PeerMessage<'a> {
                     RecordList::decode(count, long(&mut reader)?)?
                 },
                 next: match flag(&mut reader)? {
-                    true => Some((Token(reader.u64()?), key(&mut reader)?)),
+                    true => {
+                        Some((Token(reader.u64()?), NamespaceId(reader.u32()?), key(&mut reader)?))
+                    }
                     false => None,
                 },
                 seen: long(&mut reader)?,
@@ -546,6 +573,11 @@ impl<'a> PeerMessage<'a> {
                 sent_wall_us: reader.u64()?,
                 received_wall_us: reader.u64()?,
                 replied_wall_us: reader.u64()?,
+            },
+            kind::SETTINGS => PeerMessage::Settings {
+                client: long(&mut reader)?,
+                generation: reader.u64()?,
+                catalogue: long(&mut reader)?,
             },
             _ => return Err(Malformed("unknown kind of message")),
         };

@@ -83,15 +83,15 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
             id,
             partition,
             seen: b"seen",
-            from_token: Token(5),
-            from_key: b"key",
+            from: Token(5),
+            after: Some((NamespaceId(1), b"key")),
             bytes_max: 1 << 20,
         },
         PeerMessage::SyncPage {
             id,
             partition,
             records: page.list(),
-            next: Some((Token(6), b"key")),
+            next: Some((Token(6), NamespaceId(1), b"key")),
             seen: b"seen",
             helper_incarnation: 1,
         },
@@ -100,6 +100,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         PeerMessage::Fetch { id, partition, tokens: vec![Token(1), Token(2)] },
         PeerMessage::Probe { id, sent_wall_us: 1 },
         PeerMessage::ProbeDone { id, sent_wall_us: 1, received_wall_us: 2, replied_wall_us: 3 },
+        PeerMessage::Settings { client: b"host:1", generation: 3, catalogue: b"namespaces" },
     ];
     let named = |(index, message): (usize, &PeerMessage<'_>)| {
         let mut bytes = Vec::new();

@@ -67,7 +67,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     let key = prop::collection::vec(any::<u8>(), 1..20);
     let pairs = prop::collection::vec(any::<(u64, u64)>(), 0..5);
     let records = prop::collection::vec(records(), 1..4);
-    (1u8..=15, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
+    (1u8..=16, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
         .prop_map(|(kind, choice, long, short, bytes, key, records, pairs)| Parts {
             page: records.iter().map(Record::as_ref).collect(),
             kind,
@@ -159,8 +159,8 @@ impl Parts {
                 id,
                 partition,
                 seen: &self.bytes,
-                from_token: Token(long1),
-                from_key: if self.choice & 1 == 0 { &self.key } else { &[] },
+                from: Token(long1),
+                after: (self.choice & 1 == 0).then_some((NamespaceId(epoch), &self.key[..])),
                 bytes_max: epoch,
             },
             10 => PeerMessage::SyncPage {
@@ -171,7 +171,11 @@ impl Parts {
                 } else {
                     RecordList::default()
                 },
-                next: (self.choice & 2 == 0).then_some((Token(long1), &self.key[..])),
+                next: (self.choice & 2 == 0).then_some((
+                    Token(long1),
+                    NamespaceId(epoch),
+                    &self.key[..],
+                )),
                 seen: &self.bytes,
                 helper_incarnation: epoch,
             },
@@ -185,6 +189,11 @@ impl Parts {
                 tokens: self.pairs.iter().map(|pair| Token(pair.0)).collect(),
             },
             14 => PeerMessage::Probe { id, sent_wall_us: long1 },
+            16 => PeerMessage::Settings {
+                client: &self.key,
+                generation: long1,
+                catalogue: &self.bytes,
+            },
             _ => PeerMessage::ProbeDone {
                 id,
                 sent_wall_us: long1,
@@ -242,7 +251,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_refused_or_a_message(kind in 0u8..=16, bytes: Vec<u8>) {
+    fn any_bytes_are_refused_or_a_message(kind in 0u8..=17, bytes: Vec<u8>) {
         decode_hostile(&bytes);
         decode_hostile(&[&[kind], &bytes[..]].concat());
     }
@@ -292,14 +301,14 @@ fn every_kind_begins_with_its_number() {
         page: RecordPage::new(),
         pairs: vec![(1, 2)],
     };
-    let names: std::collections::BTreeSet<&str> = (1..=15)
+    let names: std::collections::BTreeSet<&str> = (1..=16)
         .map(|kind| {
             let parts = Parts { kind, ..parts.clone() };
             assert_eq!(encoded(&parts.message())[0], kind);
             parts.message().name()
         })
         .collect();
-    assert_eq!(names.len(), 15);
+    assert_eq!(names.len(), 16);
 }
 
 #[test]

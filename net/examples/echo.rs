@@ -18,7 +18,7 @@ use annulus_engine::driver::{
 };
 use annulus_engine::model::Instant;
 use annulus_engine::runtime::Runtime;
-use annulus_net::driver::{Detached, Event, Limits, Sockets, listen};
+use annulus_net::driver::{Detached, Door, Event, Limits, Sockets, listen};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -117,7 +117,8 @@ async fn load(
         let stream = TcpStream::connect(address)
             .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
             .map_err(|source| Error::io("connect to", "echo", source))?;
-        let connection = Detached { socket: stream.into(), received: Vec::new() };
+        let (socket, door) = (stream.into(), Door::Clients);
+        let connection = Detached { socket, received: Vec::new(), door };
         let id = sockets.connections().adopt(connection).expect("within the limit");
         sockets.connections().out(id).expect("open").extend_from_slice(&request);
     }

@@ -536,7 +536,7 @@ fn handle(
     event: Event<'_>,
 ) {
     match event {
-        Event::Opened(id) => pump.accepted(key_of(id)),
+        Event::Opened(id, _) => pump.accepted(key_of(id)),
         Event::Received(id, bytes) => {
             let unsent = connections.unsent(id);
             let Some(out) = connections.out(id) else { return };
@@ -552,7 +552,7 @@ fn handle(
             }
         }
         // The pump asks for what is unsent by itself.
-        Event::Drained(_) => {}
+        Event::Drained(_) | Event::Connected(_) => {}
         Event::Closed(id, _) => pump.closed(key_of(id)),
         Event::Detached(id, detached) => {
             if let Some(shard) = pump.take_target(key_of(id)) {

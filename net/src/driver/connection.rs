@@ -12,23 +12,29 @@ use annulus_engine::model::Instant;
 /// Bounds of a shard's sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most connections at a time; further ones are closed at once.
+    /// Most connections of clients at a time; further ones are closed at once.
     pub connections: usize,
+    /// Most connections from and to other nodes at a time.
+    pub reserve: usize,
     /// Unsent bytes of one connection beyond which nothing more is received from it.
     pub out_pause_bytes: usize,
     /// Unsent bytes of one connection beyond which it is shed.
     pub out_shed_bytes: usize,
     /// Longest time without any progress of a send before the connection is shed, milliseconds.
     pub stall_ms: u64,
+    /// Longest wait for an answer when a connection is dialled, in milliseconds.
+    pub dial_timeout_ms: u64,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: 20_000,
+            reserve: 4096,
             out_pause_bytes: 1 << 20,
             out_shed_bytes: 64 << 20,
             stall_ms: 30_000,
+            dial_timeout_ms: 2_000,
         }
     }
 }
@@ -68,6 +74,15 @@ impl ConnId {
     }
 }
 
+/// Where a connection came in, and whose protocol is spoken on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// The clients' address.
+    Clients,
+    /// The peers' address; also for connections that were dialled from here.
+    Peers,
+}
+
 /// Who ended a connection that its owner did not end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClosedBy {
@@ -86,6 +101,8 @@ pub struct Detached {
     pub socket: OwnedFd,
     /// Bytes received and not yet handled.
     pub received: Vec<u8>,
+    /// Where it came in.
+    pub door: Door,
 }
 
 /// Counters of a shard's sockets.
@@ -95,6 +112,10 @@ pub struct SocketStats {
     pub open: usize,
     /// Connections accepted or adopted so far.
     pub opened: u64,
+    /// Connections dialled so far.
+    pub dials: u64,
+    /// Of these, those that did not come to stand.
+    pub dials_failed: u64,
     /// Connections refused because of the limit.
     pub refused: u64,
     /// Connections shed because they did not read.
@@ -114,6 +135,7 @@ pub struct SocketStats {
 /// What the table tells its owner beyond received bytes.
 #[derive(Debug)]
 pub(super) enum Notice {
+    Connected(ConnId),
     Closed(ConnId, ClosedBy),
     Drained(ConnId),
     Detached(ConnId, Detached),
@@ -127,6 +149,7 @@ pub(super) enum Purpose {
     Send,
     Cancel,
     Tick,
+    Connect,
 }
 
 const PURPOSE_SHIFT: u32 = 60;
@@ -146,6 +169,7 @@ pub(super) fn untag(user_data: u64) -> (Option<Purpose>, ConnId) {
         2 => Some(Purpose::Send),
         3 => Some(Purpose::Cancel),
         4 => Some(Purpose::Tick),
+        5 => Some(Purpose::Connect),
         _ => None,
     };
     #[expect(clippy::cast_possible_truncation, reason = "the halves of the tag are taken apart")]
@@ -158,6 +182,8 @@ pub(super) const NOBODY: ConnId = ConnId { index: 0, generation: 0 };
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Free,
+    /// Dialled, and not answered yet.
+    Connecting,
     Open,
     /// Sends what is in `out`, then says so to the peer; what still arrives is thrown away.
     Closing,
@@ -174,6 +200,8 @@ pub(super) struct Connection {
     pub(super) fd: RawFd,
     pub(super) generation: u32,
     pub(super) phase: Phase,
+    pub(super) door: Door,
+    pub(super) connecting: bool,
     pub(super) receiving: bool,
     pub(super) cancelling: bool,
     pub(super) sending: bool,
@@ -188,7 +216,9 @@ pub(super) struct Connection {
     pub(super) ready: bool,
     /// The peer is gone, but held bytes come first.
     pub(super) ended: Option<ClosedBy>,
-    /// When the send in flight, or the closing, last moved.
+    /// Whom the connect in flight is for.
+    pub(super) address: Option<Box<socket2::SockAddr>>,
+    /// When the connect or send in flight, or the closing, last moved.
     pub(super) progress: Instant,
     pub(super) out: Vec<u8>,
     pub(super) in_flight: Vec<u8>,
@@ -197,11 +227,13 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(fd: RawFd, generation: u32) -> Connection {
+    pub(super) fn new(fd: RawFd, generation: u32, door: Door) -> Connection {
         Connection {
             fd,
             generation,
             phase: Phase::Open,
+            door,
+            connecting: false,
             receiving: false,
             cancelling: false,
             sending: false,
@@ -211,6 +243,7 @@ impl Connection {
             dirty: false,
             ready: false,
             ended: None,
+            address: None,
             progress: Instant(0),
             out: Vec::new(),
             in_flight: Vec::new(),
@@ -227,7 +260,7 @@ impl Connection {
         let open = match self.phase {
             Phase::Open => !self.paused && !self.choked,
             Phase::Closing | Phase::Lingering => true,
-            Phase::Free | Phase::Aborting | Phase::Detaching => false,
+            Phase::Free | Phase::Connecting | Phase::Aborting | Phase::Detaching => false,
         };
         open && self.ended.is_none()
     }
@@ -243,9 +276,14 @@ mod tests {
         fn a_tag_gives_back_what_it_was_made_of(index: u32, generation in 0..=GENERATION_MASK) {
             let id = ConnId { index, generation };
             prop_assert_eq!(ConnId::from_key(id.key()), id);
-            for purpose in
-                [Purpose::Accept, Purpose::Receive, Purpose::Send, Purpose::Cancel, Purpose::Tick]
-            {
+            for purpose in [
+                Purpose::Accept,
+                Purpose::Receive,
+                Purpose::Send,
+                Purpose::Cancel,
+                Purpose::Tick,
+                Purpose::Connect,
+            ] {
                 let user_data = tag(purpose, id);
                 prop_assert_eq!(user_data & NETWORK, NETWORK);
                 prop_assert_eq!(untag(user_data), (Some(purpose), id));

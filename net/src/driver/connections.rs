@@ -4,7 +4,11 @@
 //! receive nor a send of it is in flight, so a completion always meets its own connection; ids
 //! carry a generation on top, so that owners with an old id reach nobody. An idle connection
 //! holds no buffer. On the write path: replies gather in `out` and leave with one send in flight
-//! a connection; what gathers meanwhile forms the next.
+//! a connection; what gathers meanwhile forms the next. [`dialing`] begins connections,
+//! [`leaving`] ends them.
+
+mod dialing;
+mod leaving;
 
 use std::io;
 use std::mem;
@@ -16,7 +20,7 @@ use annulus_engine::model::Instant;
 use io_uring::{opcode, types};
 
 use super::connection::{
-    ClosedBy, ConnId, Connection, Detached, GENERATION_MASK, Limits, Notice, Phase, Purpose,
+    ClosedBy, ConnId, Connection, Detached, Door, GENERATION_MASK, Limits, Notice, Phase, Purpose,
     SocketStats, tag,
 };
 
@@ -49,9 +53,12 @@ pub struct Connections {
     pool: Vec<Vec<u8>>,
     notices: Vec<Notice>,
     now: Instant,
-    /// Connections that the tick watches: sending, closing, lingering.
+    /// Connections that the tick watches: connecting, sending, closing, lingering.
+    dialing: usize,
     sending: usize,
     leaving: usize,
+    /// Connections between nodes, which have places of their own.
+    reserved: usize,
     stats: SocketStats,
 }
 
@@ -69,8 +76,10 @@ impl Connections {
             pool: Vec::new(),
             notices: Vec::new(),
             now: Instant(0),
+            dialing: 0,
             sending: 0,
             leaving: 0,
+            reserved: 0,
             stats: SocketStats::default(),
         }
     }
@@ -175,8 +184,10 @@ impl Connections {
 
     /// Ends a connection after what is in `out` has been sent. No event follows.
     pub fn close(&mut self, id: ConnId) {
-        if self.find_open(id).is_some() {
-            self.start_closing(id.index);
+        match self.find(id).map(|c| c.phase) {
+            Some(Phase::Open) => self.start_closing(id.index),
+            Some(Phase::Connecting) => self.start_aborting(id.index),
+            _ => {}
         }
     }
 
@@ -207,11 +218,11 @@ impl Connections {
     /// # Errors
     /// The connection, when the limit is reached.
     pub fn adopt(&mut self, detached: Detached) -> Result<ConnId, Detached> {
-        if self.stats.open >= self.limits.connections {
+        if !self.has_room(detached.door) {
             self.stats.refused += 1;
             return Err(detached);
         }
-        let id = self.open(detached.socket.into_raw_fd());
+        let id = self.open(detached.socket.into_raw_fd(), Phase::Open, detached.door);
         if !detached.received.is_empty() {
             self.table[id.index as usize].held = detached.received;
             self.set_ready(id.index);
@@ -260,22 +271,32 @@ impl Connections {
     // From here on: the side of `Sockets`.
 
     /// A new connection, or the descriptor back when the limit is reached.
-    pub(super) fn accept(&mut self, fd: RawFd) -> Option<ConnId> {
-        if self.stats.open >= self.limits.connections {
+    pub(super) fn accept(&mut self, fd: RawFd, door: Door) -> Option<ConnId> {
+        if !self.has_room(door) {
             self.stats.refused += 1;
             self.ring.close(fd);
             return None;
         }
-        Some(self.open(fd))
+        Some(self.open(fd, Phase::Open, door))
     }
 
-    fn open(&mut self, fd: RawFd) -> ConnId {
+    /// Whether one more may come in through this door. Clients never take the peers' places.
+    fn has_room(&self, door: Door) -> bool {
+        match door {
+            Door::Clients => self.stats.open - self.reserved < self.limits.connections,
+            Door::Peers => self.reserved < self.limits.reserve,
+        }
+    }
+
+    fn open(&mut self, fd: RawFd, phase: Phase, door: Door) -> ConnId {
         let index = self.free.pop().unwrap_or_else(|| {
-            self.table.push(Connection { phase: Phase::Free, ..Connection::new(-1, 0) });
+            let fresh = Connection::new(-1, 0, Door::Clients);
+            self.table.push(Connection { phase: Phase::Free, ..fresh });
             u32::try_from(self.table.len() - 1).expect("fewer connections than 2^32")
         });
         let place = &mut self.table[index as usize];
-        *place = Connection::new(fd, place.generation);
+        *place = Connection { phase, ..Connection::new(fd, place.generation, door) };
+        self.reserved += usize::from(door == Door::Peers);
         self.stats.open += 1;
         self.stats.opened += 1;
         self.settle(index);
@@ -292,7 +313,7 @@ impl Connections {
 
     /// Whether the tick has something to watch.
     pub(super) fn needs_tick(&self) -> bool {
-        self.sending + self.leaving > 0
+        self.dialing + self.sending + self.leaving > 0
     }
 
     fn notify(&mut self, notice: Notice) {
@@ -430,30 +451,6 @@ impl Connections {
         self.settle(index);
     }
 
-    /// Sheds connections that do not read, and ends those that linger too long.
-    pub(super) fn tick(&mut self) {
-        let (now, stall) = (self.now, self.limits.stall_ms * 1_000_000);
-        for index in 0..u32::try_from(self.table.len()).expect("fewer connections than 2^32") {
-            let connection = &self.table[index as usize];
-            let waited = now.nanos_since(connection.progress);
-            match connection.phase {
-                Phase::Lingering if waited > LINGER_MS * 1_000_000 => self.start_aborting(index),
-                // Who has already been told to go is not waited for as long.
-                Phase::Closing
-                    if connection.sending && waited > stall.min(FAREWELL_MS * 1_000_000) =>
-                {
-                    self.stats.shed += 1;
-                    self.fail(index, ClosedBy::SlowReader);
-                }
-                Phase::Open | Phase::Detaching if connection.sending && waited > stall => {
-                    self.stats.shed += 1;
-                    self.fail(index, ClosedBy::SlowReader);
-                }
-                _ => {}
-            }
-        }
-    }
-
     /// Queues the next piece to send, if there is one; gives buffers back if there is none.
     fn send_next(&mut self, index: u32) {
         let id = self.id(index);
@@ -507,69 +504,6 @@ impl Connections {
         connection.in_flight = Vec::new();
     }
 
-    /// The peer or the network ended it: tells the owner, and sends what is left if possible.
-    fn end(&mut self, index: u32, by: ClosedBy) {
-        if by == ClosedBy::Peer {
-            let id = self.id(index);
-            self.notify(Notice::Closed(id, by));
-            self.table[index as usize].ended = Some(by);
-            self.start_closing(index);
-        } else {
-            self.fail(index, by);
-        }
-    }
-
-    /// Tells the owner, unless it has left already, and aborts.
-    fn fail(&mut self, index: u32, by: ClosedBy) {
-        if matches!(self.table[index as usize].phase, Phase::Open | Phase::Detaching) {
-            let id = self.id(index);
-            self.notify(Notice::Closed(id, by));
-        }
-        self.start_aborting(index);
-    }
-
-    fn start_closing(&mut self, index: u32) {
-        let connection = &mut self.table[index as usize];
-        connection.phase = Phase::Closing;
-        connection.held = Vec::new();
-        if !connection.sending {
-            connection.progress = self.now;
-        }
-        self.leaving += 1;
-        if !connection.dirty {
-            connection.dirty = true;
-            self.dirty.push(index);
-        }
-        self.settle(index);
-    }
-
-    fn start_aborting(&mut self, index: u32) {
-        let connection = &mut self.table[index as usize];
-        match connection.phase {
-            Phase::Free | Phase::Aborting => return,
-            // Counted when the closing began.
-            Phase::Closing | Phase::Lingering => {}
-            Phase::Open | Phase::Detaching => self.leaving += 1,
-        }
-        connection.phase = Phase::Aborting;
-        connection.held = Vec::new();
-        // A reset at close frees the kernel's buffers at once; the shutdown ends both the
-        // receive and the send in flight.
-        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
-        // SAFETY: an open descriptor, and a readable struct of the size given. Failures need no
-        // answer: the socket is then already dead.
-        unsafe {
-            let size = libc::socklen_t::try_from(size_of_val(&linger)).expect("eight bytes");
-            let option = (&raw const linger).cast();
-            libc::setsockopt(connection.fd, libc::SOL_SOCKET, libc::SO_LINGER, option, size);
-            libc::shutdown(connection.fd, libc::SHUT_RDWR);
-        }
-        if !connection.sending {
-            self.drop_output(index);
-        }
-        self.settle(index);
-    }
-
     /// Starts or stops the receive as the state wants it, and completes what waited for nothing
     /// to be in flight.
     fn settle(&mut self, index: u32) {
@@ -595,7 +529,10 @@ impl Connections {
             unsafe { self.ring.push(entry) };
             return;
         }
-        if connection.sending || (connection.receiving && connection.phase != Phase::Closing) {
+        if connection.connecting
+            || connection.sending
+            || (connection.receiving && connection.phase != Phase::Closing)
+        {
             return;
         }
         match connection.phase {
@@ -614,53 +551,14 @@ impl Connections {
             Phase::Lingering if connection.ended.is_some() => self.release(index),
             Phase::Aborting => self.release(index),
             Phase::Detaching if connection.unsent() == 0 => {
-                let received = mem::take(&mut connection.held);
+                let (received, door) = (mem::take(&mut connection.held), connection.door);
                 let fd = mem::replace(&mut connection.fd, -1);
                 // SAFETY: the table owned the open descriptor and has just forgotten it.
                 let socket = unsafe { OwnedFd::from_raw_fd(fd) };
                 self.forget(index);
-                self.notify(Notice::Detached(id, Detached { socket, received }));
+                self.notify(Notice::Detached(id, Detached { socket, received, door }));
             }
             _ => {}
-        }
-    }
-
-    fn release(&mut self, index: u32) {
-        let fd = self.table[index as usize].fd;
-        self.leaving -= 1;
-        self.ring.close(fd);
-        self.forget(index);
-    }
-
-    /// Frees the place: nothing of the connection is in flight.
-    fn forget(&mut self, index: u32) {
-        let connection = &mut self.table[index as usize];
-        debug_assert!(!connection.sending && !connection.receiving);
-        let generation = connection.generation.wrapping_add(1) & GENERATION_MASK;
-        let (dirty, ready, starved) = (connection.dirty, connection.ready, connection.starved);
-        let buffers = [mem::take(&mut connection.in_flight), mem::take(&mut connection.out)];
-        *connection = Connection {
-            phase: Phase::Free,
-            dirty,
-            ready,
-            starved,
-            ..Connection::new(-1, generation)
-        };
-        for buffer in buffers {
-            self.give_back(buffer);
-        }
-        self.stats.open -= 1;
-        self.free.push(index);
-    }
-
-    /// Closes all descriptors, for the end of the shard's sockets.
-    pub(super) fn close_all(&mut self) {
-        for connection in &mut self.table {
-            if connection.phase != Phase::Free {
-                // SAFETY: an open descriptor and no memory; ends what is in flight on it.
-                unsafe { libc::shutdown(connection.fd, libc::SHUT_RDWR) };
-                self.ring.close(mem::replace(&mut connection.fd, -1));
-            }
         }
     }
 }

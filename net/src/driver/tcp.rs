@@ -1,4 +1,4 @@
-//! A shard's listener and the turn that makes events of the ring's completions.
+//! A shard's listeners and the turn that makes events of the ring's completions.
 //!
 //! Invariant: all completions of a turn are handled, then all buffers go back to the kernel
 //! together, then starved connections receive again; so the kernel runs out of buffers only for
@@ -15,7 +15,9 @@ use annulus_engine::model::Instant;
 use annulus_engine::{Error, Result};
 use io_uring::{opcode, types};
 
-use super::connection::{ClosedBy, ConnId, Detached, Limits, NOBODY, Notice, Purpose, tag, untag};
+use super::connection::{
+    ClosedBy, ConnId, Detached, Door, Limits, NOBODY, Notice, Purpose, tag, untag,
+};
 use super::connections::Connections;
 
 /// Receive buffers of a shard.
@@ -30,19 +32,49 @@ const KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
     .with_time(Duration::from_secs(60))
     .with_interval(Duration::from_secs(10));
 
+/// A node that vanished without a word is noticed after some five seconds.
+const PEER_KEEPALIVE: socket2::TcpKeepalive = socket2::TcpKeepalive::new()
+    .with_time(Duration::from_secs(2))
+    .with_interval(Duration::from_secs(1))
+    .with_retries(3);
+/// Bytes that a node does not take for this long end the connection to it.
+const PEER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Sets what connections between nodes have.
+pub(super) fn prepare_peer(socket: &socket2::Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&PEER_KEEPALIVE)?;
+    socket.set_tcp_user_timeout(Some(PEER_PATIENCE))
+}
+
 /// A listening socket that several shards may share an address with (`SO_REUSEPORT`); the kernel
 /// spreads connections over them. What is set here is inherited by accepted connections.
 ///
 /// # Errors
 /// `Io` that names the address.
 pub fn listen(address: SocketAddr) -> Result<TcpListener> {
+    listen_at(address, Door::Clients)
+}
+
+/// [`listen`] for other nodes, which notices sooner that one has vanished.
+///
+/// # Errors
+/// `Io` that names the address.
+pub fn listen_for_peers(address: SocketAddr) -> Result<TcpListener> {
+    listen_at(address, Door::Peers)
+}
+
+fn listen_at(address: SocketAddr, door: Door) -> Result<TcpListener> {
     let open = || -> io::Result<TcpListener> {
         let domain = socket2::Domain::for_address(address);
         let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
         socket.set_reuse_port(true)?;
         socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_keepalive(&KEEPALIVE)?;
+        match door {
+            Door::Clients => socket.set_tcp_keepalive(&KEEPALIVE)?,
+            Door::Peers => prepare_peer(&socket)?,
+        }
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         Ok(socket.into())
@@ -53,8 +85,10 @@ pub fn listen(address: SocketAddr) -> Result<TcpListener> {
 /// What happened to a connection.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// It was accepted.
-    Opened(ConnId),
+    /// It was accepted, through this door.
+    Opened(ConnId, Door),
+    /// It was dialled, and stands.
+    Connected(ConnId),
     /// Bytes arrived, in order, cut anywhere.
     Received(ConnId, &'a [u8]),
     /// So much was unsent that receiving had stopped; it has gone on.
@@ -76,32 +110,49 @@ pub struct Sockets {
 struct Parts {
     connections: Connections,
     buffers: BufferRing,
-    listener: Option<TcpListener>,
-    accepting: bool,
-    /// The last accept failed for want of something; the tick tries again.
-    accept_later: bool,
+    /// One for each door; an accept is tagged with its place.
+    listeners: Vec<Listener>,
     ticking: bool,
     tick: Box<types::Timespec>,
 }
 
+/// A listening socket, or what is left of it.
+struct Listener {
+    door: Door,
+    socket: Option<TcpListener>,
+    accepting: bool,
+    /// The last accept failed for want of something; the tick tries again.
+    accept_later: bool,
+}
+
 impl Sockets {
-    /// Sockets on a ring; accepts from `listener` if there is one.
+    /// Sockets on a ring; accepts clients from `listener` if there is one.
     ///
     /// # Errors
     /// `Io` when the receive buffers cannot be had.
     pub fn new(ring: &Ring, listener: Option<TcpListener>, limits: Limits) -> Result<Sockets> {
         let buffers = BufferRing::new(ring, BUFFER_COUNT, BUFFER_SIZE)?;
-        let mut parts = Parts {
+        let parts = Parts {
             connections: Connections::new(ring, buffers.group(), limits),
             buffers,
-            listener,
-            accepting: false,
-            accept_later: false,
+            listeners: Vec::new(),
             ticking: false,
             tick: Box::new(types::Timespec::new().sec(1)),
         };
-        parts.accept(ring);
-        Ok(Sockets { ring: ring.clone(), parts: Some(parts) })
+        let mut sockets = Sockets { ring: ring.clone(), parts: Some(parts) };
+        if let Some(listener) = listener {
+            sockets.accept_from(listener, Door::Clients);
+        }
+        Ok(sockets)
+    }
+
+    /// Accepts from one more listening socket.
+    pub fn accept_from(&mut self, listener: TcpListener, door: Door) {
+        let ring = self.ring.clone();
+        let parts = self.parts_mut();
+        let socket = Some(listener);
+        parts.listeners.push(Listener { door, socket, accepting: false, accept_later: false });
+        parts.accept(&ring, parts.listeners.len() - 1);
     }
 
     /// The connections, for the owner's calls between turns.
@@ -154,20 +205,21 @@ impl Sockets {
         any || !completions.is_empty()
     }
 
-    /// Accepts no further connections, and closes the listening socket.
+    /// Accepts no further connections, and closes the listening sockets.
     pub fn stop_accepting(&mut self) {
         let ring = self.ring.clone();
-        let parts = self.parts_mut();
-        let Some(listener) = parts.listener.take() else { return };
-        // Wakes the accept in flight, which holds the socket open until then.
-        // SAFETY: an open descriptor and no memory.
-        unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
-        if parts.accepting {
-            let entry = opcode::AsyncCancel::new(tag(Purpose::Accept, NOBODY))
-                .build()
-                .user_data(tag(Purpose::Cancel, NOBODY));
-            // SAFETY: the entry points to no memory.
-            unsafe { ring.push(entry) };
+        for (index, listener) in self.parts_mut().listeners.iter_mut().enumerate() {
+            let Some(socket) = listener.socket.take() else { continue };
+            // Wakes the accept in flight, which holds the socket open until then.
+            // SAFETY: an open descriptor and no memory.
+            unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+            if listener.accepting {
+                let entry = opcode::AsyncCancel::new(tag(Purpose::Accept, place(index)))
+                    .build()
+                    .user_data(tag(Purpose::Cancel, NOBODY));
+                // SAFETY: the entry points to no memory.
+                unsafe { ring.push(entry) };
+            }
         }
     }
 
@@ -177,13 +229,14 @@ impl Sockets {
 }
 
 impl Parts {
-    fn accept(&mut self, ring: &Ring) {
-        let Some(listener) = &self.listener else { return };
-        self.accepting = true;
-        let entry = opcode::AcceptMulti::new(types::Fd(listener.as_raw_fd()))
+    fn accept(&mut self, ring: &Ring, index: usize) {
+        let listener = &mut self.listeners[index];
+        let Some(socket) = &listener.socket else { return };
+        listener.accepting = true;
+        let entry = opcode::AcceptMulti::new(types::Fd(socket.as_raw_fd()))
             .flags(libc::SOCK_CLOEXEC)
             .build()
-            .user_data(tag(Purpose::Accept, NOBODY));
+            .user_data(tag(Purpose::Accept, place(index)));
         // SAFETY: the entry points to no memory.
         unsafe { ring.push(entry) };
     }
@@ -198,13 +251,17 @@ impl Parts {
         match purpose {
             Some(Purpose::Receive) => self.receive(id, completion, handler),
             Some(Purpose::Send) => self.connections.send_ended(id, completion.result),
-            Some(Purpose::Accept) => self.accepted(ring, completion, handler),
+            Some(Purpose::Connect) => self.connections.connect_ended(id, completion.result),
+            Some(Purpose::Accept) => self.accepted(ring, id, completion, handler),
             Some(Purpose::Tick) => {
                 self.ticking = false;
                 self.connections.tick();
-                if self.accept_later && !self.accepting {
-                    self.accept_later = false;
-                    self.accept(ring);
+                for index in 0..self.listeners.len() {
+                    let listener = &mut self.listeners[index];
+                    if listener.accept_later && !listener.accepting {
+                        listener.accept_later = false;
+                        self.accept(ring, index);
+                    }
                 }
             }
             Some(Purpose::Cancel) | None => {}
@@ -234,27 +291,30 @@ impl Parts {
     fn accepted(
         &mut self,
         ring: &Ring,
+        place: ConnId,
         completion: Completion,
         handler: &mut impl FnMut(&mut Connections, Event<'_>),
     ) {
+        let index = place.index();
+        let listener = &mut self.listeners[index];
         if completion.result >= 0 {
-            if self.listener.is_none() {
+            if listener.socket.is_none() {
                 ring.close(completion.result);
-            } else if let Some(id) = self.connections.accept(completion.result) {
-                handler(&mut self.connections, Event::Opened(id));
+            } else if let Some(id) = self.connections.accept(completion.result, listener.door) {
+                handler(&mut self.connections, Event::Opened(id, listener.door));
             }
         }
         if completion.more() {
             return;
         }
-        self.accepting = false;
+        listener.accepting = false;
         match -completion.result {
             errno @ (libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
                 let error = io::Error::from_raw_os_error(errno);
                 tracing::warn!(%error, "cannot accept a connection; trying again in a second");
-                self.accept_later = true;
+                listener.accept_later = true;
             }
-            _ => self.accept(ring),
+            _ => self.accept(ring, index),
         }
     }
 
@@ -269,6 +329,7 @@ impl Parts {
             any = true;
             for notice in notices {
                 let event = match notice {
+                    Notice::Connected(id) => Event::Connected(id),
                     Notice::Closed(id, by) => Event::Closed(id, by),
                     Notice::Drained(id) => Event::Drained(id),
                     Notice::Detached(id, detached) => Event::Detached(id, detached),
@@ -279,7 +340,8 @@ impl Parts {
     }
 
     fn arm_tick(&mut self, ring: &Ring) {
-        if !self.ticking && (self.accept_later || self.connections.needs_tick()) {
+        let accepts_later = self.listeners.iter().any(|listener| listener.accept_later);
+        if !self.ticking && (accepts_later || self.connections.needs_tick()) {
             self.ticking = true;
             let entry = opcode::Timeout::new(&raw const *self.tick)
                 .build()
@@ -289,6 +351,11 @@ impl Parts {
             unsafe { ring.push(entry) };
         }
     }
+}
+
+/// The name of a listener's entries: its place.
+fn place(index: usize) -> ConnId {
+    ConnId { index: u32::try_from(index).expect("a few listeners"), generation: 0 }
 }
 
 impl Drop for Sockets {

@@ -11,6 +11,8 @@ use annulus_engine::driver::{HostOptions, RingWaker, Turn, host, start_shard};
 
 use super::*;
 
+mod dialing;
+
 /// A shard on its own thread that answers each line of bytes by itself, until stopped.
 struct Server {
     address: SocketAddr,
@@ -233,7 +235,7 @@ fn bytes_before_the_end_of_a_paused_peer_come_before_its_end() {
     let seen = Arc::clone(&log);
     let mut paused = None;
     let server = Server::start(Limits::default(), move |connections, event| match event {
-        Event::Opened(id) if paused.is_none() => {
+        Event::Opened(id, _) if paused.is_none() => {
             connections.pause(id);
             paused = Some(id);
         }
@@ -313,7 +315,7 @@ fn connections_beyond_the_limit_are_closed_and_a_place_is_used_again() {
     let mut first = None;
     let server =
         Server::start(Limits { connections: 1, ..Limits::default() }, move |connections, event| {
-            if let Event::Opened(id) = event {
+            if let Event::Opened(id, _) = event {
                 let first = *first.get_or_insert(id);
                 if first != id {
                     assert_eq!(id.index(), first.index());

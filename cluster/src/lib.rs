@@ -8,7 +8,8 @@
 //!
 //! [`member`] has who there is; [`ring`] has who holds which partition; [`topology`] has both as
 //! one node sees them; [`message`] has what shards of different nodes say to each other;
-//! [`repair`] checks that those who have seen the same writes hold the same records.
+//! [`repair`] checks that those who have seen the same writes hold the same records, and
+//! [`tracking`] knows who has seen which.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod message;
 pub mod repair;
 pub mod ring;
 pub mod topology;
+pub mod tracking;
 
 pub use member::{Member, NodeId, Weight};
 pub use ring::{Ring, RingError, VirtualNode};

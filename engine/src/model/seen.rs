@@ -117,6 +117,12 @@ impl SeenOrigin {
                 .is_some_and(|(_, run)| sequence <= run.last)
     }
 
+    /// Whether every dot that the other has seen has been seen here.
+    #[must_use]
+    pub fn covers(&self, other: &SeenOrigin) -> bool {
+        self.first_lacked(other).is_none()
+    }
+
     /// `(first, last, stamp)` of every run, rising.
     fn runs(&self) -> impl Iterator<Item = (u64, u64, Timestamp)> + '_ {
         let base = (self.base > 0).then_some((1, self.base, self.base_stamp));
@@ -254,8 +260,8 @@ static NOTHING: SeenOrigin =
 impl SeenSet {
     /// The set without a dot.
     #[must_use]
-    pub fn new() -> SeenSet {
-        SeenSet::default()
+    pub const fn new() -> SeenSet {
+        SeenSet { origins: Vec::new(), unnoted: 0 }
     }
 
     /// Whether nothing has been seen.
@@ -329,7 +335,7 @@ impl SeenSet {
     /// Whether everything that the other has seen has been seen here.
     #[must_use]
     pub fn covers(&self, other: &SeenSet) -> bool {
-        other.iter().all(|(origin, seen)| self.of(origin).first_lacked(seen).is_none())
+        other.iter().all(|(origin, seen)| self.of(origin).covers(seen))
     }
 
     /// Whether both have seen the same writes.
@@ -398,7 +404,7 @@ impl SeenSet {
     }
 
     /// Appends the set, or as much of it as finds room in about `size_max` bytes: less is always
-    /// true. The greatest runs are left out.
+    /// true. Bases and the last run of each origin are always there.
     pub fn encode_within(&self, out: &mut Vec<u8>, size_max: usize) {
         let mut room = size_max / (2 * RUN_SIZE_MIN + 8);
         out.push(FORMAT);
@@ -407,11 +413,12 @@ impl SeenSet {
             varint::put(out, u64::from(origin.0));
             varint::put(out, seen.base);
             out.extend_from_slice(&seen.base_stamp.0.to_le_bytes());
-            let count = seen.above.len().min(room);
-            room -= count;
-            varint::put(out, count as u64);
+            let kept = seen.above.len().saturating_sub(1).min(room);
+            room -= kept;
+            let last = seen.above.last_key_value();
+            varint::put(out, (kept + usize::from(last.is_some())) as u64);
             let mut end = seen.base;
-            for (first, run) in seen.above.iter().take(count) {
+            for (first, run) in seen.above.iter().take(kept).chain(last) {
                 varint::put(out, first - end - 1);
                 varint::put(out, run.last - first);
                 out.extend_from_slice(&run.stamp.0.to_le_bytes());
@@ -439,13 +446,14 @@ impl SeenSet {
                 return Err(InvalidSeen("origins out of order"));
             }
             let seen = take_origin(&mut reader)?;
-            // What was cut to a size may keep nothing of an origin but its name.
+            if seen.is_empty() {
+                return Err(InvalidSeen("an origin of which nothing is seen"));
+            }
             origins.push((origin, seen));
         }
         if !reader.is_empty() {
             return Err(InvalidSeen("bytes follow it"));
         }
-        origins.retain(|(_, seen)| !seen.is_empty());
         Ok(SeenSet { origins, unnoted: 0 })
     }
 

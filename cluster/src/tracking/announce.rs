@@ -1,0 +1,367 @@
+//! Announcements, both sides: snapshots that wait for the log, cumulative messages, their answers.
+//!
+//! A message says: "on top of all up to `base_version` this is all up to `version`". The receiver
+//! takes it if it has that base, and always answers with what it has, so a sender whose guess was
+//! wrong starts again from there. Clock and promise travel only with the last message of a
+//! round, and belong to its version. The sender does not wait for answers between messages.
+
+use std::ops::Bound;
+use std::rc::Rc;
+
+use annulus_engine::model::seen::SeenSet;
+use annulus_engine::model::{Instant, PartitionId, Timestamp};
+
+use super::{Announced, BadTrack, Entry, PeerShard, Replica, Tracking, origin_of};
+use crate::message::{PeerMessage, TrackEntry};
+
+/// A version is a life and so many changes in it: 16 million starts, and ten thousand changes a
+/// second for three years between two of them.
+const LIFE_SHIFT: u32 = 40;
+/// Bytes of an entry and of a message beside the sets.
+const ENTRY_SIZE: usize = 16;
+
+pub(super) fn first_version(life: u64) -> u64 {
+    (life << LIFE_SHIFT) + 1
+}
+
+fn life_of(version: u64) -> u64 {
+    version >> LIFE_SHIFT
+}
+
+/// What a round says beside its lines.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Told {
+    /// All that was taken in before this moment is in the lines.
+    clock: Timestamp,
+    /// All own writes stamped at or below this are in the lines.
+    promise: Timestamp,
+}
+
+/// The state of one moment; others may know it once the log is durable up to `position`.
+pub(super) struct Snapshot {
+    position: u64,
+    told: Told,
+    changes: Vec<(PartitionId, Rc<SeenSet>, Timestamp)>,
+}
+
+impl Tracking {
+    /// Does what is due; calls `out` for each message, which returns whether it went. To be called
+    /// every few milliseconds; costs little while nothing is due.
+    pub fn poll(
+        &mut self,
+        now: Instant,
+        replica: &mut impl Replica,
+        out: &mut impl FnMut(PeerShard, &PeerMessage<'_>) -> bool,
+    ) {
+        if self.snapshot.is_none()
+            && self.snapshot_at.is_none_or(|at| now.nanos_since(at) >= self.options.announce_every)
+        {
+            self.take_snapshot(replica);
+            self.snapshot_at = Some(now);
+        }
+        if let Some(snapshot) = self.snapshot.take_if(|s| s.position <= replica.durable()) {
+            self.release(snapshot);
+        }
+        let peers: Vec<PeerShard> = self.peers.keys().copied().collect();
+        for peer in peers {
+            self.announce_to(peer, now, out);
+        }
+    }
+
+    fn take_snapshot(&mut self, replica: &mut impl Replica) {
+        let promise = replica.promise();
+        self.dirty.extend(replica.take_changed());
+        let mut candidates = std::mem::take(&mut self.dirty);
+        candidates.extend(self.unsettled.iter().copied());
+        let mut changes = Vec::new();
+        for partition in candidates {
+            let Some(at) = self.place(partition) else { continue };
+            let seen = replica.seen(partition);
+            let complete = self.completeness(partition, &seen, promise);
+            let local = &mut self.locals[at];
+            // A guest's data may be dropped, so what was true of it need not stay true.
+            let is_holder = local.holders.contains(&self.own);
+            local.complete = if is_holder { local.complete.max(complete) } else { complete };
+            let before = &local.announced;
+            let is_news = !Rc::ptr_eq(&seen, &before.seen) && seen != before.seen;
+            // An idle replica is silent once it is complete beyond its newest write: no tombstone
+            // of any replica waits for more, unless it is of a write that will be news here.
+            let is_complete_further =
+                local.complete > before.complete && before.complete < seen.newest();
+            if is_news || is_complete_further {
+                changes.push((partition, seen, local.complete));
+            }
+        }
+        let position = replica.visible();
+        // What was taken in and is not visible yet is not in this snapshot, so neither is the
+        // present moment.
+        let mark = *self.mark.get_or_insert((replica.appended(), replica.clock()));
+        let mut told = Told { promise, ..self.told.unwrap_or_default() };
+        if mark.0 <= position {
+            told.clock = mark.1;
+            self.mark = None;
+        }
+        self.snapshot = Some(Snapshot { position, told, changes });
+    }
+
+    /// From now on it may be known.
+    fn release(&mut self, snapshot: Snapshot) {
+        for (partition, seen, complete) in snapshot.changes {
+            let Some(at) = self.place(partition) else { continue };
+            match complete < seen.newest() {
+                true => self.unsettled.insert(partition),
+                false => self.unsettled.remove(&partition),
+            };
+            let version = self.next_version(partition);
+            self.locals[at].announced = Announced { version, seen, complete };
+            self.moved.insert(partition);
+        }
+        self.told = Some(snapshot.told);
+    }
+
+    /// A version for the next change of a partition, whose last one is forgotten.
+    fn next_version(&mut self, partition: PartitionId) -> u64 {
+        if let Some(local) = self.local(partition) {
+            let before = local.announced.version;
+            self.changes.remove(&before);
+        }
+        self.version += 1;
+        self.changes.insert(self.version, partition);
+        self.version
+    }
+
+    /// Tells everybody again about a partition: somebody new listens.
+    fn repeat(&mut self, partition: PartitionId) {
+        if self.local(partition).is_some_and(|local| local.announced.version > 0) {
+            let version = self.next_version(partition);
+            self.local_mut(partition).expect("just seen").announced.version = version;
+        }
+    }
+
+    /// Whether the node is told about the partition: holders by everybody, guests by holders, and
+    /// whoever coordinated something in it, so that he learns what of it was not lost.
+    fn is_told(&self, to: PeerShard, partition: PartitionId) -> bool {
+        let Some(local) = self.local(partition) else { return false };
+        self.peer_shard(to.node, partition) == Some(to)
+            && (local.holders.contains(&to.node)
+                || (local.holders.contains(&self.own) && self.entry(to.node, partition).is_some())
+                || local.announced.seen.last(origin_of(to.node)) > 0)
+    }
+
+    fn announce_to(
+        &mut self,
+        to: PeerShard,
+        now: Instant,
+        out: &mut impl FnMut(PeerShard, &PeerMessage<'_>) -> bool,
+    ) {
+        let options = self.options;
+        let Some(peer) = self.peers.get_mut(&to) else { return };
+        let quiet = peer.sent_at.map_or(u64::MAX, |at| now.nanos_since(at));
+        if peer.acked == peer.sent {
+            peer.waiting_since = now;
+        } else if now.nanos_since(peer.waiting_since) >= options.repeat_after {
+            (peer.sent, peer.waiting_since) = (peer.acked, now);
+        }
+        let is_due = quiet >= options.heartbeat_every
+            || (peer.sent != self.version
+                && quiet >= options.announce_every.min(options.repeat_after));
+        let (true, Some(told)) = (is_due, self.told) else { return };
+        peer.sent_at = Some(now);
+        let mut base_version = peer.sent;
+        let mut sets = Vec::new();
+        loop {
+            let mut lines: Vec<(PartitionId, Timestamp, usize, usize)> = Vec::new();
+            sets.clear();
+            let mut version = self.version;
+            let mut is_last = true;
+            let after = (Bound::Excluded(base_version), Bound::Unbounded);
+            for (number, partition) in self.changes.range(after) {
+                if !self.is_told(to, *partition) {
+                    continue;
+                }
+                let announced = &self.local(*partition).expect("of this shard").announced;
+                let begin = sets.len();
+                announced.seen.encode_within(&mut sets, options.message_size_max / 2);
+                let size = sets.len() + (lines.len() + 4) * ENTRY_SIZE;
+                if size > options.message_size_max && !lines.is_empty() {
+                    sets.truncate(begin);
+                    // All before this one; the next message goes on with it.
+                    (version, is_last) = (number - 1, false);
+                    break;
+                }
+                lines.push((*partition, announced.complete, begin, sets.len()));
+            }
+            let line = |line: &(PartitionId, Timestamp, usize, usize)| TrackEntry {
+                partition: line.0,
+                as_of: line.1,
+                seen: &sets[line.2..line.3],
+            };
+            let of_round = |stamp| if is_last { stamp } else { Timestamp::ZERO };
+            let message = PeerMessage::Track {
+                base_version,
+                version,
+                hlc: of_round(told.clock),
+                hint_floor: of_round(told.promise),
+                entries: lines.iter().map(line).collect(),
+                full: base_version == 0,
+            };
+            if !out(to, &message) {
+                return;
+            }
+            base_version = version;
+            if let Some(peer) = self.peers.get_mut(&to) {
+                peer.sent = version;
+            }
+            if is_last {
+                return;
+            }
+        }
+    }
+
+    /// Takes a `Track` or `TrackDone` in. Other messages are none of its business.
+    ///
+    /// # Errors
+    /// [`BadTrack`]; the message was not taken in, and is not answered.
+    pub fn handle(
+        &mut self,
+        now: Instant,
+        from: PeerShard,
+        message: &PeerMessage<'_>,
+        replica: &impl Replica,
+        out: &mut impl FnMut(PeerShard, &PeerMessage<'_>) -> bool,
+    ) -> Result<(), BadTrack> {
+        if !self.peers.contains_key(&from) {
+            return Err(BadTrack::Stranger(from));
+        }
+        match message {
+            PeerMessage::Track { base_version, version, hlc, hint_floor, entries, full } => {
+                let entries = self.read_entries(from, entries)?;
+                let base = if *full { 0 } else { *base_version };
+                let Some(has) = self.take_round(now, from, base, *version, entries, replica) else {
+                    return Ok(());
+                };
+                let peer = self.peers.get_mut(&from).ok_or(BadTrack::Stranger(from))?;
+                if has == *version {
+                    // Zero in all but the last message of a round.
+                    peer.clock = peer.clock.max(*hlc);
+                    peer.promise = peer.promise.max(*hint_floor);
+                }
+                out(from, &PeerMessage::TrackDone { version: has, hlc: replica.clock() });
+            }
+            PeerMessage::TrackDone { version, hlc } => {
+                let life = life_of(self.version);
+                let peer = self.peers.get_mut(&from).ok_or(BadTrack::Stranger(from))?;
+                // Zero is a peer that has nothing of this life yet. An answer from before a later
+                // one only makes some of it travel again.
+                if *version == 0 || (life_of(*version) == life && *version <= self.version) {
+                    if *version < peer.acked {
+                        peer.sent = *version;
+                    }
+                    if *version > peer.acked {
+                        peer.waiting_since = now;
+                    }
+                    peer.acked = *version;
+                    peer.sent = peer.sent.max(*version);
+                }
+                if life_of(*version) == life && *version > 0 {
+                    peer.knows_us_since.get_or_insert(*hlc);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn read_entries(
+        &self,
+        from: PeerShard,
+        entries: &[TrackEntry<'_>],
+    ) -> Result<Vec<(PartitionId, Entry)>, BadTrack> {
+        let read = |entry: &TrackEntry<'_>| {
+            if self.peer_shard(from.node, entry.partition) != Some(from)
+                || self.place(entry.partition).is_none()
+            {
+                return Err(BadTrack::Partition(entry.partition));
+            }
+            let seen = Rc::new(SeenSet::decode(entry.seen)?);
+            Ok((entry.partition, Entry { complete: entry.as_of, seen }))
+        };
+        entries.iter().map(read).collect()
+    }
+
+    /// Takes in the lines if they follow on what is here. Gives the version that is here now, or
+    /// `None` if the message is from before the peer's last start.
+    fn take_round(
+        &mut self,
+        now: Instant,
+        from: PeerShard,
+        base_version: u64,
+        version: u64,
+        entries: Vec<(PartitionId, Entry)>,
+        replica: &impl Replica,
+    ) -> Option<u64> {
+        let peer = self.peers.get_mut(&from)?;
+        if life_of(version) < peer.life {
+            return None;
+        }
+        if life_of(version) > peer.life {
+            // It has started again: it has forgotten what it was told, and may have to say less
+            // than before.
+            let forgotten = std::mem::take(peer);
+            peer.life = life_of(version);
+            self.moved.extend(forgotten.entries.into_keys());
+        }
+        if base_version > peer.version {
+            return Some(peer.version);
+        }
+        if version > peer.version {
+            peer.version = version;
+            for (partition, entry) in entries {
+                self.take_entry(now, from, partition, entry, replica);
+            }
+        }
+        self.peers.get(&from).map(|peer| peer.version)
+    }
+
+    fn take_entry(
+        &mut self,
+        now: Instant,
+        from: PeerShard,
+        partition: PartitionId,
+        entry: Entry,
+        replica: &impl Replica,
+    ) {
+        let Some(peer) = self.peers.get_mut(&from) else { return };
+        self.moved.insert(partition);
+        // Completeness may follow from it.
+        self.dirty.insert(partition);
+        if entry.seen.is_empty() {
+            // A guest that has handed everything over.
+            peer.entries.remove(&partition);
+            return;
+        }
+        let seen = Rc::clone(&entry.seen);
+        let is_new = peer.entries.insert(partition, entry).is_none();
+        let is_holder = self.local(partition).is_some_and(|l| l.holders.contains(&from.node));
+        if is_new && !is_holder {
+            self.repeat(partition);
+        }
+        self.note_behind(now, partition, &seen, replica);
+    }
+
+    /// Whether all that the peer announced of this node's own origin in a partition is here, as of
+    /// a moment at which it knew of this life.
+    pub(super) fn is_own_complete_by(
+        &self,
+        peer: &super::Peer,
+        partition: PartitionId,
+        seen: &SeenSet,
+    ) -> bool {
+        let origin = origin_of(self.own);
+        peer.knows_us_since.is_some_and(|since| peer.clock > since)
+            && peer
+                .entries
+                .get(&partition)
+                .is_none_or(|entry| seen.of(origin).covers(entry.seen.of(origin)))
+    }
+}

@@ -1,0 +1,214 @@
+//! What this replica lacks and who helps; what it need not keep; what it has lost for good.
+//!
+//! A sync: the needy replica sends what it has seen; the helper streams every record that holds a
+//! dot the needy has not seen, page by page, with what the helper had seen when the page began; the
+//! needy merges the records and then adopts the set of the **first** page, provided that the set
+//! of every later page covers it. `tracking/tests/model.rs` has the rule and its proof by search.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use annulus_engine::model::seen::SeenSet;
+use annulus_engine::model::{Instant, PartitionId};
+
+use super::{PeerShard, Replica, Tracking, origin_of};
+use crate::member::NodeId;
+
+/// Peers have had these writes since then, and this replica lacked some of them.
+pub(super) struct Behind {
+    since: Instant,
+    target: SeenSet,
+}
+
+/// Syncs under way, and helpers that failed.
+#[derive(Default)]
+pub(super) struct CatchUp {
+    under_way: BTreeMap<PartitionId, NodeId>,
+    failed: BTreeMap<(PartitionId, NodeId), Failed>,
+    /// Partitions that are behind.
+    waiting: BTreeSet<PartitionId>,
+    searched_at: Option<Instant>,
+    /// Where the last search for work ended, so that none is passed over for ever.
+    last: PartitionId,
+}
+
+struct Failed {
+    times: u32,
+    until: Instant,
+}
+
+/// A sync to be started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SyncWanted {
+    /// Of which partition.
+    pub partition: PartitionId,
+    /// From whom.
+    pub helper: PeerShard,
+}
+
+impl Tracking {
+    /// Notes that a peer has seen this, if it has more than this replica.
+    pub(super) fn note_behind(
+        &mut self,
+        now: Instant,
+        partition: PartitionId,
+        seen: &SeenSet,
+        replica: &impl Replica,
+    ) {
+        if !self.is_holder(partition) || self.catch_up.waiting.contains(&partition) {
+            return;
+        }
+        if !replica.seen(partition).covers(seen) {
+            self.catch_up.waiting.insert(partition);
+            let target = seen.clone();
+            if let Some(local) = self.local_mut(partition) {
+                local.behind = Some(Behind { since: now, target });
+            }
+        }
+    }
+
+    /// Syncs to be started now. Each of them counts as under way until [`Tracking::sync_ended`].
+    pub fn sync_wanted(
+        &mut self,
+        now: Instant,
+        replica: &impl Replica,
+        is_up: &impl Fn(NodeId) -> bool,
+    ) -> Vec<SyncWanted> {
+        let mut wanted = Vec::new();
+        let searched_at = self.catch_up.searched_at;
+        if searched_at.is_some_and(|at| now.nanos_since(at) < self.options.search_every) {
+            return wanted;
+        }
+        self.catch_up.searched_at = Some(now);
+        let last = self.catch_up.last;
+        let after = self.catch_up.waiting.iter().filter(|partition| **partition > last);
+        let before = self.catch_up.waiting.iter().filter(|partition| **partition <= last);
+        let order: Vec<PartitionId> = after.chain(before).copied().collect();
+        for partition in order {
+            if self.catch_up.under_way.len() >= self.options.syncs_max {
+                break;
+            }
+            if !self.is_due(now, partition, replica)
+                || self.catch_up.under_way.contains_key(&partition)
+            {
+                continue;
+            }
+            if let Some(helper) = self.helper(now, partition, &replica.seen(partition), is_up) {
+                self.catch_up.under_way.insert(partition, helper.node);
+                self.catch_up.last = partition;
+                wanted.push(SyncWanted { partition, helper });
+            }
+        }
+        wanted
+    }
+
+    /// Whether the partition has lacked the same writes for longer than they are ever under way.
+    fn is_due(&mut self, now: Instant, partition: PartitionId, replica: &impl Replica) -> bool {
+        let seen = replica.seen(partition);
+        let behind = self.local(partition).and_then(|local| local.behind.as_ref());
+        if let Some(behind) = behind.filter(|behind| !seen.covers(&behind.target)) {
+            return now.nanos_since(behind.since) >= self.options.grace;
+        }
+        let mut target = SeenSet::new();
+        for (_, peer) in self.others(partition) {
+            if let Some(entry) = peer.entries.get(&partition)
+                && !seen.covers(&entry.seen)
+            {
+                target.union(&entry.seen);
+            }
+        }
+        let behind = (!target.is_empty()).then_some(Behind { since: now, target });
+        if behind.is_none() {
+            self.catch_up.waiting.remove(&partition);
+            let partitions = (partition, NodeId(0))..=(partition, NodeId(u32::MAX));
+            self.catch_up.failed.retain(|key, _| !partitions.contains(key));
+        }
+        if let Some(local) = self.local_mut(partition) {
+            local.behind = behind;
+        }
+        false
+    }
+
+    /// Who is up and has most of what is lacked: first an origin of some of it.
+    fn helper(
+        &self,
+        now: Instant,
+        partition: PartitionId,
+        seen: &SeenSet,
+        is_up: &impl Fn(NodeId) -> bool,
+    ) -> Option<PeerShard> {
+        let is_waiting = |node: NodeId| {
+            let failed = self.catch_up.failed.get(&(partition, node));
+            failed.is_some_and(|failed| now < failed.until)
+        };
+        let candidates = self.others(partition).filter_map(|(node, peer)| {
+            let entry = peer.entries.get(&partition)?;
+            let lacked = seen.lacked(&entry.seen);
+            if lacked == 0 || !is_up(node) || is_waiting(node) {
+                return None;
+            }
+            let origin = origin_of(node);
+            let is_origin = !seen.of(origin).covers(entry.seen.of(origin));
+            Some((is_origin, lacked, std::cmp::Reverse(node)))
+        });
+        let (_, _, std::cmp::Reverse(node)) = candidates.max()?;
+        self.peer_shard(node, partition)
+    }
+
+    /// A sync has ended: well, with the helper's set adopted, or not.
+    pub fn sync_ended(&mut self, now: Instant, partition: PartitionId, is_done: bool) {
+        let Some(helper) = self.catch_up.under_way.remove(&partition) else { return };
+        // The next in line need not wait.
+        self.catch_up.searched_at = None;
+        let key = (partition, helper);
+        if is_done {
+            self.catch_up.failed.remove(&key);
+            return;
+        }
+        let times = self.catch_up.failed.get(&key).map_or(0, |failed| failed.times);
+        let pause = self.options.back_off_min.saturating_mul(1 << times.min(20));
+        let until = now.after_nanos(pause.min(self.options.back_off_max));
+        self.catch_up.failed.insert(key, Failed { times: times + 1, until });
+    }
+
+    /// Syncs under way.
+    #[must_use]
+    pub fn syncs(&self) -> usize {
+        self.catch_up.under_way.len()
+    }
+
+    /// Whether all that this guest has of the partition is on the disk of every holder, so that it
+    /// may be dropped now: before anything else is written to it.
+    #[must_use]
+    pub fn guest_done(&self, partition: PartitionId, replica: &impl Replica) -> bool {
+        let seen = replica.seen(partition);
+        let Some(local) = self.local(partition) else { return false };
+        !local.holders.contains(&self.own)
+            && !local.holders.is_empty()
+            && !seen.is_empty()
+            && !replica.is_busy(partition)
+            && self.announced(partition).all(|(_, _, theirs)| theirs.covers(&seen))
+    }
+
+    /// Partitions of which this node is a guest and may drop what it has. Looks only at those
+    /// that somebody was told about.
+    #[must_use]
+    pub fn guests_done(&self, replica: &impl Replica) -> Vec<PartitionId> {
+        let hosted = self.changes.values().copied().filter(|partition| !self.is_holder(*partition));
+        hosted.filter(|partition| self.guest_done(*partition, replica)).collect()
+    }
+
+    /// Partitions whose gap from a crash may be declared void: every member knows of this life,
+    /// has said since then what it has of this node's writes, and all of it is here. From the
+    /// moment that a member knows of a life it must take no message of an earlier one.
+    #[must_use]
+    pub fn voids(&self, replica: &impl Replica) -> Vec<PartitionId> {
+        let is_void = |partition: &PartitionId| {
+            replica.has_gap(*partition) && {
+                let seen = replica.seen(*partition);
+                self.others(*partition)
+                    .all(|(_, peer)| self.is_own_complete_by(peer, *partition, &seen))
+            }
+        };
+        self.partitions().filter(is_void).collect()
+    }
+}

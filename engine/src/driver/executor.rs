@@ -6,9 +6,12 @@
 //! the turn; a parked shard sleeps no longer than the first of them. On the path: the log writer
 //! and point reads are foreground tasks.
 //!
-//! A parked shard beside a busy background task would wait for glommio to look at its own ring:
-//! up to its preemption timer, 28 ms on average when tried. So each step of a background task
-//! ends with a look at what the parked shard waits for, which bounds the wait by one step.
+//! A parked shard beside a busy background task would wait for glommio to look at its own ring,
+//! which it does when no task can run. So each step of a background task ends with a look at
+//! what the parked shard waits for, which bounds the wait by one step.
+//!
+//! glommio's preemption timer is off ([`PREEMPTION`]): the shard's loop and every background task
+//! give way by their own clocks.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -36,8 +39,10 @@ use crate::runtime::{Class, Runtime};
 /// Shares of the shard's own loop and of its background tasks in the executor.
 const HOST_SHARES: usize = 1000;
 const BACKGROUND_SHARES: usize = 100;
-/// How soon glommio should come back to the shard's loop.
-const HOST_LATENCY: Duration = Duration::from_millis(10);
+/// Not in this process's life. glommio 0.9 takes a preemption timer that fires before it has run
+/// its first task for "no task can run", and then sleeps with tasks that can: a thread that loses
+/// its core between the two, as on a busy host, would not wake for requests, timers or a stop.
+const PREEMPTION: Duration = Duration::from_secs(1 << 30);
 /// glommio's own registered buffers: unused, so as small as it allows, to spare locked memory.
 const GLOMMIO_IO_MEMORY: usize = 64 << 10;
 
@@ -389,12 +394,13 @@ where
     let executor = LocalExecutorBuilder::new(placement)
         .name(&options.name)
         .io_memory(GLOMMIO_IO_MEMORY)
+        .preempt_timer(PREEMPTION)
         .make()
         .map_err(|error| refused(&error))?;
     executor.run(async move {
         let queue = glommio::executor().create_task_queue(
             Shares::Static(HOST_SHARES),
-            Latency::Matters(HOST_LATENCY),
+            Latency::NotImportant,
             "shard",
         );
         let runtime = ShardRuntime::new(&ring, options.seed);

@@ -12,7 +12,10 @@ use std::future::{Future, poll_fn};
 use std::hint;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use glommio::io::BufferedFile;
@@ -20,6 +23,7 @@ use glommio::timer::Timer;
 
 use super::executor::ShardRuntime;
 use super::ring::{Completion, Ring};
+use super::signal::Signal;
 use crate::error::{Error, Result};
 use crate::model::Instant;
 use crate::runtime::Runtime;
@@ -89,7 +93,7 @@ pub async fn host(
             yield_core();
         }
         if busy || ring.is_ready() {
-            if now.nanos_since(slice_start) > slice || executor.need_preempt() {
+            if now.nanos_since(slice_start) > slice {
                 ring.submit();
                 executor.yield_task_queue_now().await;
                 slice_start = runtime.now();
@@ -99,15 +103,17 @@ pub async fn host(
         // Idle time belongs to background tasks first. They wake the shard after the step in
         // which work for it came.
         if runtime.take_background_woken() {
-            parking.park(ring, runtime).await;
-            slice_start = runtime.now();
+            if parking.park(ring, runtime).await {
+                slice_start = runtime.now();
+            }
         } else if spin_until_ready(ring, runtime, spin.budget()) {
             spin.hit();
         } else {
             let before = runtime.now();
-            parking.park(ring, runtime).await;
-            slice_start = runtime.now();
-            spin.parked(slice_start.nanos_since(before));
+            if parking.park(ring, runtime).await {
+                slice_start = runtime.now();
+                spin.parked(slice_start.nanos_since(before));
+            }
         }
     }
     runtime.set_next_turn(None);
@@ -169,9 +175,6 @@ fn spin_until_ready(ring: &Ring, runtime: &ShardRuntime, budget: u64) -> bool {
         if runtime.now() >= end {
             return wake_up.is_some_and(|at| at <= end);
         }
-        if glommio::executor().need_preempt() {
-            return false;
-        }
     }
 }
 
@@ -213,9 +216,30 @@ type EventfdRead = Pin<Box<dyn Future<Output = ()>>>;
 /// Sleeps inside glommio. The read of the eventfd outlives a parking that a timer or a local
 /// waker ended, so that none is ever cancelled and no wake-up is swallowed by a dead read.
 struct Parking {
-    eventfd: std::rc::Rc<BufferedFile>,
+    eventfd: Rc<BufferedFile>,
     read: Option<EventfdRead>,
+    /// Woken when the read has ended.
+    ended: Arc<ReadEnded>,
     timer: Option<(Instant, Timer)>,
+}
+
+/// Notes that the read of the eventfd can go on, and wakes the shard if it is parked. The read is
+/// polled for that alone: glommio keeps a waker for each poll until the read ends, and counts a
+/// task's wakers in 15 bits, which an idle shard's sleeps would exhaust within the hour.
+struct ReadEnded {
+    signal: Arc<Signal>,
+    noted: AtomicBool,
+}
+
+impl Wake for ReadEnded {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.noted.store(true, Ordering::Relaxed);
+        self.signal.wake_host();
+    }
 }
 
 /// Disarms the ring also when the host's future is dropped while parked.
@@ -235,23 +259,27 @@ impl Parking {
             .map_err(|source| Error::io("duplicate", "eventfd", source))?;
         // SAFETY: the descriptor is ours alone, and the file takes it over.
         let eventfd = unsafe { BufferedFile::from_raw_fd(duplicate.into_raw_fd()) };
-        Ok(Parking { eventfd: std::rc::Rc::new(eventfd), read: None, timer: None })
+        let signal = Arc::clone(ring.signal());
+        let ended = Arc::new(ReadEnded { signal, noted: AtomicBool::new(false) });
+        Ok(Parking { eventfd: Rc::new(eventfd), read: None, ended, timer: None })
     }
 
-    async fn park(&mut self, ring: &Ring, runtime: &ShardRuntime) {
+    /// Returns whether it slept, and others may have run; else there was work at once.
+    async fn park(&mut self, ring: &Ring, runtime: &ShardRuntime) -> bool {
         let armed = Armed(ring);
         if !armed.0.arm() {
-            return;
+            return false;
         }
         self.set_timer(runtime);
         poll_fn(|context| {
             ring.signal().register(context.waker());
-            if ring.signal().is_pending() || self.poll_timer(context) || self.poll_read(context) {
+            if ring.signal().is_pending() || self.poll_timer(context) || self.poll_read() {
                 return Poll::Ready(());
             }
             Poll::Pending
         })
         .await;
+        true
     }
 
     fn set_timer(&mut self, runtime: &ShardRuntime) {
@@ -273,16 +301,21 @@ impl Parking {
         due
     }
 
-    fn poll_read(&mut self, context: &mut Context<'_>) -> bool {
+    fn poll_read(&mut self) -> bool {
+        let is_new = self.read.is_none();
+        if !is_new && !self.ended.noted.swap(false, Ordering::Relaxed) {
+            return false;
+        }
         let read = self.read.get_or_insert_with(|| {
-            let eventfd = std::rc::Rc::clone(&self.eventfd);
+            let eventfd = Rc::clone(&self.eventfd);
             Box::pin(async move {
                 if let Err(error) = eventfd.read_at(0, size_of::<u64>()).await {
                     panic!("an eventfd can always be read: {error}");
                 }
             })
         });
-        let woken = read.as_mut().poll(context).is_ready();
+        let waker = Waker::from(Arc::clone(&self.ended));
+        let woken = read.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
         if woken {
             self.read = None;
         }

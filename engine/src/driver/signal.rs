@@ -107,6 +107,11 @@ impl Signal {
         self.host.register(waker);
     }
 
+    /// Wakes the host task if it is parked. On the owner's thread.
+    pub(crate) fn wake_host(&self) {
+        self.host.wake();
+    }
+
     /// Says that the shard is awake, and forgets the host's waker.
     pub(crate) fn clear_parked(&self) {
         self.parked.store(false, Ordering::SeqCst);

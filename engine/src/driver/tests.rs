@@ -12,6 +12,8 @@ use crate::error::Error;
 use crate::model::Instant;
 use crate::runtime::{Class, Runtime};
 
+mod parking;
+
 const MS: u64 = 1_000_000;
 
 /// Runs a test on a shard's thread with a disk and a folder of its own.

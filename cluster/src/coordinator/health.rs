@@ -30,6 +30,12 @@ const SAMPLES_MIN: u32 = 32;
 const LATENCY_ASSUMED_NANOS: u64 = 10_000_000;
 /// No request is hedged earlier, in nanoseconds.
 pub const HEDGE_DELAY_MIN_NANOS: u64 = 500_000;
+/// What takes longer is late, even where it always does, in nanoseconds.
+pub const HEDGE_DELAY_MAX_NANOS: u64 = 20_000_000;
+/// This server is asked first unless it takes this many times as long as the next ...
+const OWN_FACTOR: u64 = 8;
+/// ... and longer than this, in nanoseconds: its disk hangs.
+const OWN_SLOW_NANOS: u64 = 5_000_000;
 /// In this time without a sample a server's latency is believed half as much, in nanoseconds: so
 /// one that was slow once is tried again.
 const FORGET_NANOS: u64 = 2_000_000_000;
@@ -208,6 +214,12 @@ impl Peer {
         }
     }
 
+    /// Latency of a read there, in nanoseconds; less and less when it is long ago.
+    fn believed(&self, now: Instant) -> u64 {
+        let age = now.nanos_since(self.sampled) / FORGET_NANOS;
+        self.reads.p50.checked_shr(u32::try_from(age).unwrap_or(64)).unwrap_or(0)
+    }
+
     fn latencies(&mut self, verb: Verb) -> &mut Latencies {
         match verb {
             Verb::Read => &mut self.reads,
@@ -324,11 +336,18 @@ impl Health {
         }
     }
 
+    /// Whether this server, `me`, is so slow that `next` should be asked first.
+    #[must_use]
+    pub fn is_too_slow(&self, now: Instant, me: NodeId, next: NodeId) -> bool {
+        let assumed = LATENCY_ASSUMED_NANOS / 4;
+        let latency = |node| self.find(node).map_or(assumed, |peer| peer.believed(now));
+        let (own, next) = (latency(me), latency(next));
+        own > OWN_SLOW_NANOS && own / OWN_FACTOR > next
+    }
+
     fn rank(&self, now: Instant, node: NodeId) -> impl Ord {
         let Some(peer) = self.find(node) else { return (Standing::Healthy, false, 0, 0) };
-        let age = now.nanos_since(peer.sampled) / FORGET_NANOS;
-        let latency = peer.reads.p50.checked_shr(u32::try_from(age).unwrap_or(64)).unwrap_or(0);
-        let load = latency.saturating_mul(4 + u64::from(peer.window.in_flight));
+        let load = peer.believed(now).saturating_mul(4 + u64::from(peer.window.in_flight));
         (peer.standing, !peer.window.is_open(), peer.distance, load)
     }
 
@@ -336,7 +355,7 @@ impl Health {
     #[must_use]
     pub fn hedge_delay(&self, node: NodeId) -> u64 {
         let p95 = self.find(node).map_or(LATENCY_ASSUMED_NANOS, |peer| peer.reads.p95);
-        p95.max(HEDGE_DELAY_MIN_NANOS)
+        p95.clamp(HEDGE_DELAY_MIN_NANOS, HEDGE_DELAY_MAX_NANOS)
     }
 
     /// Latency of writes that 99 of 100 keep, in nanoseconds.

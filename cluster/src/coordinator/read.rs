@@ -256,15 +256,15 @@ impl ReadOp {
 
     /// A server refused, or cannot be reached.
     pub fn failed(&mut self, node: NodeId) {
-        self.give_up(node, State::Failed);
+        self.set_out(node, State::Failed);
     }
 
     /// The key's range is damaged at a server.
     pub fn unknown(&mut self, node: NodeId) {
-        self.give_up(node, State::Unknown);
+        self.set_out(node, State::Unknown);
     }
 
-    fn give_up(&mut self, node: NodeId, state: State) {
+    fn set_out(&mut self, node: NodeId, state: State) {
         if let Some(place) = self.place(node)
             && place.state.is_outstanding()
         {
@@ -291,6 +291,14 @@ impl ReadOp {
         let is_enough = self.requirement.may_be_met(tally.facts.answers, tally.facts.primaries);
         let stale_ok = self.freshness.is_some_and(|freshness| freshness.stale_ok);
         Some(if is_enough && stale_ok { Verdict::Done(tally.facts) } else { Verdict::Expired })
+    }
+
+    /// Waits for nobody any more.
+    pub fn give_up(&mut self) {
+        debug_assert!(self.is_answered, "first comes the deadline");
+        for place in self.places.iter_mut().filter(|place| place.state.is_outstanding()) {
+            place.state = State::Failed;
+        }
     }
 
     /// What follows from all that happened so far: the verdict, once, or `asks` to send out.

@@ -191,6 +191,14 @@ impl WriteOp {
         Decision::MayBeApplied(self.acks())
     }
 
+    /// Waits for nobody any more. What comes all the same is still counted.
+    pub fn give_up(&mut self) {
+        debug_assert!(self.is_answered, "first comes the deadline");
+        for place in self.places.iter_mut().filter(|place| place.state == State::Waiting) {
+            place.state = State::Failed;
+        }
+    }
+
     /// Who has it so far.
     #[must_use]
     pub fn acks(&self) -> Acks {

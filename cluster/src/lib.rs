@@ -9,7 +9,8 @@
 //! [`member`] has who there is; [`ring`] has who holds which partition; [`topology`] has both as
 //! one node sees them; [`message`] has what shards of different nodes say to each other;
 //! [`repair`] checks that those who have seen the same writes hold the same records, and
-//! [`tracking`] knows who has seen which.
+//! [`tracking`] knows who has seen which; [`coordinator`] carries reads and writes over the
+//! replicas of a key.
 
 #![forbid(unsafe_code)]
 

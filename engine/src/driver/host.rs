@@ -5,8 +5,11 @@
 //! shard sleeps in the kernel until a completion, a message, or its first timer.
 //!
 //! Where the microseconds go, as measured: parking and waking costs a lone request 65 us, so the
-//! shard spins first, but only as long as spinning has lately paid; a log write in flight needs
-//! the core once a turn, so each turn then yields it.
+//! shard spins first, but only as long as spinning has lately paid. While the disk is busy with
+//! durable writes or many reads it sleeps in its own ring instead, with one system call: a lone
+//! durable put then takes as long as with spinning at half the CPU (70 us instead of 130), and
+//! neighbours disturb it less. A lone read takes 45 us with spinning and 68 us without. A log
+//! write in flight needs the core once a turn, so a turn that leads to the next at once yields it.
 
 use std::future::{Future, poll_fn};
 use std::hint;
@@ -57,6 +60,11 @@ impl Default for HostOptions {
     }
 }
 
+/// Operations on files from which on the shard does not spin: each sleep brings several on.
+const SLEEP_OPERATIONS_MIN: usize = 8;
+/// Slices after which a shard that waits for the disk looks at the executor's other tasks.
+const IDLE_SLICES: u64 = 10;
+
 /// Runs a shard until its turn says stop. Each round reaps completions, fires timers, polls the
 /// foreground tasks, calls `turn` with the time and the network's completions, and polls the
 /// foreground tasks again for what the turn woke; the next round submits what all of them queued.
@@ -89,10 +97,10 @@ pub async fn host(
             Turn::Stop => break,
         }
         busy |= runtime.poll_foreground();
-        if ring.log_writes_in_flight() {
-            yield_core();
-        }
         if busy || ring.is_ready() {
+            if ring.log_writes_in_flight() {
+                yield_core();
+            }
             if now.nanos_since(slice_start) > slice {
                 ring.submit();
                 executor.yield_task_queue_now().await;
@@ -105,6 +113,17 @@ pub async fn host(
         if runtime.take_background_woken() {
             if parking.park(ring, runtime).await {
                 slice_start = runtime.now();
+            }
+        } else if ring.log_writes_in_flight() || ring.in_flight().0 >= SLEEP_OPERATIONS_MIN {
+            // A spinning shard would keep the core from the kernel's own part of a durable write,
+            // and when much is in flight the sleep is short. A lone read is awaited spinning.
+            let now = runtime.now();
+            if now.nanos_since(slice_start) > IDLE_SLICES * slice {
+                // Should a background task be runnable all the same.
+                executor.yield_task_queue_now().await;
+                slice_start = now;
+            } else {
+                ring.wait(runtime.next_wake_up().map_or(u64::MAX, |at| at.nanos_since(now)));
             }
         } else if spin_until_ready(ring, runtime, spin.budget()) {
             spin.hit();
@@ -168,9 +187,6 @@ fn spin_until_ready(ring: &Ring, runtime: &ShardRuntime, budget: u64) -> bool {
                 return true;
             }
             hint::spin_loop();
-        }
-        if ring.log_writes_in_flight() {
-            yield_core();
         }
         if runtime.now() >= end {
             return wake_up.is_some_and(|at| at <= end);

@@ -34,6 +34,12 @@ pub const NETWORK: u64 = 1 << 63;
 /// `user_data` of entries whose completion nobody waits for.
 const UNATTENDED: u64 = NETWORK - 1;
 
+/// `user_data` of the poll that ends a wait in the ring.
+const WAKE: u64 = NETWORK - 2;
+
+/// Longest wait in the ring: the executor's own timers are looked at again after it.
+const WAIT_NANOS_MAX: u32 = 1_000_000;
+
 /// Rounds of 100 ms that tearing down waits for file operations, and again for the rest.
 const DRAIN_ROUNDS: usize = 100;
 
@@ -120,6 +126,8 @@ struct Inner {
     files_in_flight: Cell<usize>,
     network_in_flight: Cell<usize>,
     log_writes: Cell<usize>,
+    /// Whether a poll is in flight that another thread's wake-up completes.
+    wake_polled: Cell<bool>,
     /// Memory of closed sockets that the kernel may still use.
     retained: RefCell<Vec<Box<dyn Any>>>,
     groups: Cell<u16>,
@@ -197,6 +205,7 @@ impl Ring {
             files_in_flight: Cell::new(0),
             network_in_flight: Cell::new(0),
             log_writes: Cell::new(0),
+            wake_polled: Cell::new(false),
             retained: RefCell::default(),
             groups: Cell::new(0),
         })))
@@ -322,6 +331,29 @@ impl Ring {
         self.0.io.borrow_mut().completion().disable_eventfd();
     }
 
+    /// Sleeps until a completion, a wake-up from any thread, or `nanos` (1 ms at most), with one
+    /// system call and without the executor: no background task may be runnable.
+    pub(crate) fn wait(&self, nanos: u64) {
+        let inner = &*self.0;
+        if !inner.wake_polled.get() {
+            let readable = u32::try_from(libc::POLLIN).expect("a small positive flag");
+            let eventfd = types::Fd(inner.signal.ring_eventfd());
+            let entry = opcode::PollAdd::new(eventfd, readable).build();
+            inner.enqueue(entry.user_data(WAKE));
+            inner.wake_polled.set(true);
+        }
+        inner.signal.set_waiting();
+        fence(Ordering::SeqCst);
+        if !inner.signal.is_pending() {
+            let nanos = u32::try_from(nanos).unwrap_or(u32::MAX).min(WAIT_NANOS_MAX);
+            let timeout = types::Timespec::new().nsec(nanos);
+            let arguments = types::SubmitArgs::new().timespec(&timeout);
+            // An error is a time-out, a signal, or what the next turn meets again.
+            let _ = inner.io.borrow().submitter().submit_with_args(1, &arguments);
+        }
+        inner.signal.clear_waiting();
+    }
+
     pub(crate) fn downgrade(&self) -> WeakRing {
         WeakRing(Rc::downgrade(&self.0))
     }
@@ -410,6 +442,11 @@ impl Inner {
                         self.network_in_flight.set(self.network_in_flight.get() - 1);
                     }
                     network.push(Completion { user_data, result, flags });
+                    continue;
+                }
+                if user_data == WAKE {
+                    self.wake_polled.set(false);
+                    self.signal.reset_ring_eventfd();
                     continue;
                 }
                 self.files_in_flight.set(self.files_in_flight.get() - 1);

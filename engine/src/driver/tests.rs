@@ -4,6 +4,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use super::*;
 use crate::buffer::AlignedBuf;
@@ -472,6 +473,37 @@ fn an_idle_shard_with_a_background_task_costs_next_to_nothing() {
         (cpu_ns() - from, sleeper.now().nanos_since(start))
     });
     assert!(cpu * 200 < wall, "idle took {cpu} ns of {wall} ns");
+}
+
+#[test]
+fn another_thread_ends_a_wait_in_the_ring_each_time() {
+    on_shard(|ring, _| async move {
+        let (done, is_done) = mpsc::channel::<()>();
+        let waker = ring.waker();
+        let other = std::thread::spawn(move || {
+            let pause = Duration::from_micros(300);
+            while is_done.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout) {
+                waker.wake();
+            }
+        });
+        // A wait that nothing ends lasts a millisecond, so most of these end by a wake-up.
+        let (mut woken, mut completions) = (0, Vec::new());
+        while woken < 100 {
+            ring.signal().clear();
+            ring.turn(&mut completions);
+            ring.wait(u64::MAX);
+            woken += u32::from(ring.is_ready());
+        }
+        drop(done);
+        other.join().unwrap();
+        // With nobody to wake it, a wait ends by itself.
+        for _ in 0..2 {
+            ring.signal().clear();
+            ring.turn(&mut completions);
+        }
+        ring.wait(100_000);
+        assert!(!ring.is_ready() && completions.is_empty());
+    });
 }
 
 #[test]

@@ -291,6 +291,8 @@ impl Config {
                 ..defaults.compaction
             },
             partition_bits: self.partition_bits,
+            // The node says so when it has peers.
+            replicated: defaults.replicated,
         };
         options.validate().map_err(|error| error.to_string())?;
         Ok(options)

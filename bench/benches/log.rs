@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use annulus_engine::driver::{RingDisk, ShardRuntime, ThreadOptions, drive, start_shard};
-use annulus_engine::log::{CommitLog, LogIdentity, Lsn, ReplayEnd, replay};
+use annulus_engine::log::{CommitLog, LogIdentity, Lsn, ReplayEnd, ReplayItem, replay};
 use annulus_engine::model::Timestamp;
 use annulus_engine::options::LogOptions;
 use annulus_engine::runtime::{Class, Runtime};
@@ -74,7 +74,11 @@ fn measure(writers: u64, busy: bool, count: u64) -> (Duration, u64) {
             dir.clone(),
             options,
             ReplayEnd::fresh(IDENTITY, Lsn(1)),
-            Box::new(move |_, record| *sink.borrow_mut() = record.timestamp),
+            Box::new(move |_, item| {
+                if let ReplayItem::Record(record) = item {
+                    *sink.borrow_mut() = record.timestamp;
+                }
+            }),
         )
         .await
         .expect("a new log");

@@ -173,6 +173,10 @@ pub struct Options {
     pub compaction: CompactionOptions,
     /// q: the ring has `2^q` partitions, 0 to 16. Default 8. Fixed when a cluster is made.
     pub partition_bits: u32,
+    /// Whether other nodes hold replicas of this shard's partitions. Default: no. Then nothing is
+    /// purged before a floor was set, and what an unclean end may have lost is not declared void
+    /// before the node says so.
+    pub replicated: bool,
 }
 
 impl Default for Options {
@@ -190,6 +194,7 @@ impl Default for Options {
             space: SpaceOptions::default(),
             compaction: CompactionOptions::default(),
             partition_bits: 8,
+            replicated: false,
         }
     }
 }

@@ -14,14 +14,15 @@ use crate::compaction::{Compactor, CompactorOptions, Flushed, Pace, WriteThrottl
 use crate::disk::Disk;
 use crate::identity::Identity;
 use crate::log::{CommitLog, Control, LogIdentity, Lsn, Relief, ReplayItem, replay_with};
-use crate::model::{NamespaceId, RecordRef, Timestamp};
+use crate::model::{NamespaceId, Timestamp};
 use crate::options::{Compression, Options};
 use crate::runtime::Runtime;
 use crate::shard::{
-    Dropped, Memory, Notify, Shard, ShardState, SpaceWatch, Thresholds, Unsettled, Versions,
+    FIRST_INCARNATION, Keep, Memory, Notify, Replicas, Shard, ShardState, SpaceWatch, Thresholds,
+    Unsettled, Versions,
 };
 use crate::sstable::{Codec, TableOptions};
-use crate::tables::{Owner, Tables};
+use crate::tables::{Owner, TableSet, Tables};
 use crate::{Error, Result};
 
 /// Directory of the log inside a shard's directory.
@@ -41,7 +42,6 @@ struct Replayed {
     ceiling: Timestamp,
     sequence: u64,
     greatest: Timestamp,
-    dropped: Vec<(crate::model::PartitionId, u32)>,
 }
 
 impl<D: Disk, R: Runtime> Shard<D, R> {
@@ -83,7 +83,8 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     let tables = open_tables(&disk, dir, owner).await?;
     let set = tables.current();
     let released = set.layout().released;
-    let memory = Rc::new(RefCell::new(Memory::new(options.memtable_size)));
+    let replicas = Replicas::new(identity.partition_bits, &set.layout().replicas);
+    let memory = Rc::new(RefCell::new(Memory::new(options.memtable_size, replicas)));
     let log_dir = dir.join(LOG_DIR);
     disk.create_dir(&log_dir).await?;
     disk.sync_dir(dir).await?;
@@ -99,26 +100,19 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         options,
         spilled: Rc::default(),
     };
-    let mut found = Replayed {
-        ceiling: Timestamp::ZERO,
-        sequence: 0,
-        greatest: Timestamp::ZERO,
-        dropped: Vec::new(),
-    };
-    let mut visit = |lsn: Lsn, item: ReplayItem<'_>| match item {
-        ReplayItem::Record(record) => {
-            found.greatest = found.greatest.max(record.timestamp);
-            found.sequence = found.sequence.max(record.dot.sequence);
-            memory.borrow_mut().insert(lsn, &record);
+    let mut found = Replayed { ceiling: Timestamp::ZERO, sequence: 0, greatest: Timestamp::ZERO };
+    let mut visit = |lsn: Lsn, item: ReplayItem<'_>| {
+        match item {
+            ReplayItem::Record(record) => {
+                found.greatest = found.greatest.max(record.timestamp);
+            }
+            ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
+                found.ceiling = found.ceiling.max(timestamp);
+                found.sequence = found.sequence.max(sequence);
+            }
+            ReplayItem::Control(_) => {}
         }
-        ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
-            found.ceiling = found.ceiling.max(timestamp);
-            found.sequence = found.sequence.max(sequence);
-        }
-        ReplayItem::Control(Control::DropPartition { partition, incarnation }) => {
-            found.dropped.push((partition, incarnation));
-        }
-        ReplayItem::Control(Control::Close) => {}
+        memory.borrow_mut().show(lsn, &item);
     };
     let from = released.next();
     let mut relief = || spill.relief();
@@ -136,16 +130,26 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         );
     }
     tracing::debug!(dir = %dir.display(), records = end.records, bytes = end.bytes, "replayed");
+    let logged = set.layout().logged;
+    if end.last < logged {
+        let what = format!(
+            "the log ends with record {}, but records up to {} were durable once: its last segment is missing",
+            end.last.0, logged.0
+        );
+        return spill.abandon(Error::corrupt(&log_dir, 0, what)).await;
+    }
+    // Closed in good order, and this is not the log of a snapshot: nothing can have been lost.
+    let is_clean = end.clean && logged >= end.last && end.last > Lsn::ZERO;
 
-    let tables_max = set.tables().map(|table| table.meta().max_timestamp).max().unwrap_or_default();
+    let tables_max = greatest_stamp(&set);
     let floor = found.ceiling.max(found.greatest).max(tables_max);
     let space = match disk.space(dir).await {
         Ok(space) => space,
         Err(error) => return spill.abandon(error).await,
     };
     let sink_memory = Rc::clone(&memory);
-    let sink = Box::new(move |lsn: Lsn, record: &RecordRef<'_>| {
-        sink_memory.borrow_mut().insert(lsn, record);
+    let sink = Box::new(move |lsn: Lsn, item: &ReplayItem<'_>| {
+        sink_memory.borrow_mut().show(lsn, item);
     });
     let started =
         CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink).await;
@@ -153,7 +157,7 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         Ok(log) => log,
         Err(error) => return spill.abandon(error).await,
     };
-    let versions = Versions::starting_above(floor, found.sequence, identity.partition_bits);
+    let versions = versions(&memory, &identity, &options, &found, floor, is_clean);
     let ceiling_at = match spill.commit(&log, versions.ceiling()).await {
         Ok(ceiling_at) => ceiling_at,
         Err(error) => {
@@ -162,16 +166,15 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
             return Err(error);
         }
     };
-    let tables_max = tables.current().tables().map(|table| table.meta().max_timestamp).max();
-    let tables_max = tables_max.unwrap_or_default();
+    let tables_max = greatest_stamp(&tables.current());
     let pace = Rc::new(RefCell::new(Pace::new(&options.compaction)));
     let stop = Rc::new(Cell::new(false));
-    let dropped = Rc::new(Dropped::default());
+    let keep = Rc::new(Keep::new(Rc::clone(&memory), options.replicated));
     let compactor = Compactor::new(
         tables.clone(),
         runtime.clone(),
         compactor_options,
-        Rc::clone(&dropped) as Rc<_>,
+        Rc::clone(&keep) as Rc<_>,
         Rc::clone(&pace),
         Rc::clone(&stop),
     );
@@ -197,7 +200,9 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         unsettled: RefCell::new(Unsettled::new()),
         space: SpaceWatch::new(thresholds, space),
         stats: RefCell::default(),
-        dropped,
+        dropped_at: Cell::new(Lsn::ZERO),
+        keep,
+        damaged: RefCell::default(),
         compression,
         upper_tables,
         pace,
@@ -223,6 +228,44 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     let shard = Shard { state };
     shard.update_pressure();
     Ok(shard)
+}
+
+/// The greatest stamp of any record in tables, those that were lost to damage included.
+fn greatest_stamp<F>(set: &TableSet<F>) -> Timestamp {
+    let layout = set.layout();
+    let live = layout.entries().map(|entry| entry.summary.max_timestamp);
+    live.chain(layout.lost.iter().map(|lost| lost.max_timestamp)).max().unwrap_or_default()
+}
+
+/// Where clock, sequences and incarnations begin.
+fn versions(
+    memory: &RefCell<Memory>,
+    identity: &Identity,
+    options: &Options,
+    found: &Replayed,
+    floor: Timestamp,
+    is_clean: bool,
+) -> Versions {
+    let own = identity.node;
+    let memory = &mut *memory.borrow_mut();
+    let replicas = memory.replicas();
+    let seen = replicas.partitions().map(|id| replicas.of(id).seen.last(own));
+    let sequence = seen.fold(found.sequence, u64::max);
+    let mut versions = Versions::starting_above(floor, sequence, identity.partition_bits);
+    for partition in replicas.partitions() {
+        let replica = replicas.of(partition);
+        if replica.incarnation > FIRST_INCARNATION {
+            // What the earlier ones had issued is not known: above the ceiling, whatever happened.
+            versions.begin(partition, replica.incarnation);
+        } else if is_clean {
+            versions.go_on_from(partition, replica.seen.last(own));
+        }
+    }
+    if !options.replicated && !is_clean {
+        // Nobody else has what was lost.
+        memory.replicas_mut().void(own, sequence, floor);
+    }
+    versions
 }
 
 /// Flushes that wait for their commit, and up to which record each reaches.
@@ -256,12 +299,13 @@ impl<D: Disk, R: Runtime> Spill<D, R> {
             table_size: self.options.compaction.table_size,
             order: self.tables.next_order(),
             released: sealed.last,
+            replicas: sealed.replicas.clone(),
         };
         let (tables, runtime) = (self.tables.clone(), self.runtime.clone());
         let (memory, spilled) = (Rc::clone(&self.memory), Rc::clone(&self.spilled));
+        let retention = Keep::new(Rc::clone(&memory), self.options.replicated);
         Some(Box::pin(async move {
             let never = Rc::new(Cell::new(false));
-            let retention = Dropped::default();
             let records = sealed.memtable.sorted();
             let written = flush(&tables, &runtime, &retention, records, options, &never).await?;
             let flushed = written.expect("nobody stops it");
@@ -282,7 +326,7 @@ impl<D: Disk, R: Runtime> Spill<D, R> {
     }
 
     /// Makes the tables live. Returns the record of the log that holds the ceiling, if one does.
-    async fn commit(&self, log: &CommitLog<D, R>, ceiling: Control) -> Result<Lsn> {
+    async fn commit(&self, log: &CommitLog<D, R>, ceiling: Control<'_>) -> Result<Lsn> {
         let spilled = self.spilled.take();
         let Some((_, last)) = spilled.last() else { return Ok(Lsn::ZERO) };
         let last = *last;
@@ -290,7 +334,7 @@ impl<D: Disk, R: Runtime> Spill<D, R> {
         let ceiling_at = log.append_control(ceiling)?;
         log.wait_durable(ceiling_at).await?;
         for (flushed, _) in spilled {
-            flushed.commit(&self.tables).await?;
+            flushed.commit(&self.tables, log.durable()).await?;
         }
         log.release(last);
         Ok(ceiling_at)

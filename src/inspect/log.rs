@@ -193,7 +193,7 @@ impl Segment {
     }
 }
 
-fn control_json(lsn: Lsn, control: Control) -> Value {
+fn control_json(lsn: Lsn, control: Control<'_>) -> Value {
     match control {
         Control::Ceiling { timestamp, sequence } => json!({
             "lsn": lsn.0,
@@ -206,6 +206,13 @@ fn control_json(lsn: Lsn, control: Control) -> Value {
             "control": "drop partition",
             "partition": partition.0,
             "incarnation": incarnation,
+        }),
+        Control::Seen { partition, incarnation, seen } => json!({
+            "lsn": lsn.0,
+            "control": "seen",
+            "partition": partition.0,
+            "incarnation": incarnation,
+            "bytes": seen.len(),
         }),
         Control::Close => json!({ "lsn": lsn.0, "control": "close" }),
     }

@@ -88,7 +88,7 @@ async fn read(disk: &SimDisk, known: &Known) -> Result<ReplayEnd> {
 
 async fn start(disk: &SimDisk, runtime: &SimRuntime, end: ReplayEnd, o: LogOptions) -> Result<Log> {
     let last = Cell::new(end.next.0 - 1);
-    let sink = move |lsn: Lsn, _: &RecordRef<'_>| {
+    let sink = move |lsn: Lsn, _: &ReplayItem<'_>| {
         assert!(lsn.0 > last.get(), "the sink goes back");
         last.set(lsn.0);
     };

@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::log::Lsn;
 use crate::model::RecordRef;
 use crate::runtime::Runtime;
+use crate::shard::Replicas;
 use crate::sstable::{Table, TableOptions};
 use crate::tables::edit::{Level, TableSetEdit};
 use crate::tables::store::Tables;
@@ -30,6 +31,8 @@ pub struct FlushOptions {
     pub order: u64,
     /// Everything up to here is in this memtable or in tables.
     pub released: Lsn,
+    /// The partitions as they were then.
+    pub(crate) replicas: Replicas,
 }
 
 /// A flush that waits for its commit.
@@ -38,6 +41,8 @@ pub struct Flushed<D: Disk> {
     pub opened: Vec<Rc<Table<D::File>>>,
     /// Adds them, and says how far the log may be released.
     pub edit: TableSetEdit,
+    /// The partitions as of then.
+    replicas: Replicas,
     /// Bytes written.
     pub bytes: u64,
     /// Time it took, in nanoseconds.
@@ -45,12 +50,19 @@ pub struct Flushed<D: Disk> {
 }
 
 impl<D: Disk> Flushed<D> {
-    /// Makes the flush durable and visible.
+    /// Makes the flush durable and visible. The log is known to be durable up to `logged`.
     ///
     /// # Errors
     /// As [`Tables::commit`]: nothing is visible; flush again.
-    pub async fn commit(self, tables: &Tables<D>) -> Result<()> {
-        tables.commit(self.opened, |_| self.edit).await
+    pub async fn commit(self, tables: &Tables<D>, logged: Lsn) -> Result<()> {
+        let Flushed { opened, mut edit, replicas, .. } = self;
+        tables
+            .commit(opened, |layout| {
+                edit.facts.replicas = replicas.changes(&layout.replicas);
+                edit.facts.logged = logged;
+                edit
+            })
+            .await
     }
 }
 
@@ -83,7 +95,8 @@ pub async fn flush<'a, D: Disk, R: Runtime>(
             let next_order = options.order + 1;
             let released = Some(options.released);
             let edit = TableSetEdit { added, released, next_order, ..TableSetEdit::default() };
-            Ok(Some(Flushed { opened, edit, bytes, nanos: breath.worked() }))
+            let (replicas, nanos) = (options.replicas, breath.worked());
+            Ok(Some(Flushed { opened, edit, replicas, bytes, nanos }))
         }
         Err(ended) => {
             output.abandon().await;

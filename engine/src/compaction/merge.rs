@@ -1,17 +1,17 @@
 //! K-way merge of sorted sources by `(token, namespace, key)`. Pure: it never waits.
 //!
 //! Sources hand out records from memory and may run dry; the merge then names the source to
-//! refill and goes on where it was. Versions of one key meet in `merge_records`, so the result
-//! does not depend on the order of the sources. Invariant: records come out in strictly ascending
-//! order, and each key of any source comes out exactly once or was allowed to go by [`Retention`].
-//! Off both paths: compaction and scans.
+//! refill and goes on where it was. Versions of one key meet in `supersedes`: the sources come
+//! newest first. Invariant: records come out in strictly ascending order, and each key of any
+//! source comes out exactly once or was allowed to go by [`Retention`]. Off both paths: compaction.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::model::merge::{Merged, merge_records};
+use crate::log::Lsn;
+use crate::model::merge::supersedes;
 use crate::model::siblings::KeyState;
-use crate::model::{Kind, Record, RecordRef, Token, WallMicros};
+use crate::model::{Kind, RecordRef, Token, WallMicros};
 
 /// Sorted records, some of them in memory.
 pub trait Source {
@@ -33,9 +33,9 @@ pub trait Retention {
     /// Whether the record belongs to an incarnation of its partition that was dropped: it goes
     /// wherever it is met, before it is compared with others.
     fn is_dropped(&self, record: &RecordRef<'_>) -> bool;
-    /// Whether a tombstone or an expired record may be forgotten. Asked only where nothing older
-    /// of its key is left in this shard.
-    fn is_purgeable(&self, record: &RecordRef<'_>) -> bool;
+    /// Whether a tombstone or an expired record may be forgotten. Asked only where the other
+    /// records of its key that were logged up to `released` are superseded and go with it.
+    fn is_purgeable(&self, record: &RecordRef<'_>, released: Lsn) -> bool;
 }
 
 /// Nothing was dropped, and every dead record may go: a shard without replicas.
@@ -46,7 +46,7 @@ impl Retention for PurgeAll {
     fn is_dropped(&self, _record: &RecordRef<'_>) -> bool {
         false
     }
-    fn is_purgeable(&self, _record: &RecordRef<'_>) -> bool {
+    fn is_purgeable(&self, _record: &RecordRef<'_>, _released: Lsn) -> bool {
         true
     }
 }
@@ -62,13 +62,6 @@ pub enum Step {
     Dry(usize),
     /// Every source has ended.
     Finished,
-}
-
-/// The record that the current key merged to.
-#[derive(Debug)]
-enum Winner {
-    Source(usize),
-    New(Box<Record>),
 }
 
 /// Counts of a merge.
@@ -94,18 +87,20 @@ pub struct Merge<S> {
     moved: Vec<usize>,
     /// Sources whose head is the current key.
     same: Vec<usize>,
-    winner: Option<Winner>,
+    /// The source that holds the newest record of the current key.
+    winner: Option<usize>,
     /// Records that are dead at this moment may be purged, if anything may.
     now: WallMicros,
-    is_bottom: bool,
+    bottom: Option<Lsn>,
     stats: MergeStats,
 }
 
 impl<S: Source> Merge<S> {
-    /// A merge as of `now`. `is_bottom` says that nothing older than the sources is left, so that
-    /// dead records hide nothing.
+    /// A merge of sources, newest first, as of `now`. `bottom` says that everything that was logged
+    /// up to there, if it is not superseded by something newer, is in the sources: so that dead
+    /// records hide nothing that was.
     #[must_use]
-    pub fn new(sources: Vec<S>, now: WallMicros, is_bottom: bool) -> Merge<S> {
+    pub fn new(sources: Vec<S>, now: WallMicros, bottom: Option<Lsn>) -> Merge<S> {
         let moved = (0..sources.len()).rev().collect();
         Merge {
             heads: BinaryHeap::with_capacity(sources.len()),
@@ -114,7 +109,7 @@ impl<S: Source> Merge<S> {
             winner: None,
             sources,
             now,
-            is_bottom,
+            bottom,
             stats: MergeStats::default(),
         }
     }
@@ -148,12 +143,13 @@ impl<S: Source> Merge<S> {
             return Step::Finished;
         }
         self.merge_versions(retention);
-        let is_kept = match &self.winner {
+        let is_kept = match self.winner {
             None => false,
             Some(winner) => {
-                let record = self.record_of(winner);
-                let purged =
-                    self.is_bottom && is_dead(&record, self.now) && retention.is_purgeable(&record);
+                let record = self.sources[winner].record();
+                let purged = self.bottom.is_some_and(|released| {
+                    is_dead(&record, self.now) && retention.is_purgeable(&record, released)
+                });
                 self.stats.purged += u64::from(purged);
                 !purged
             }
@@ -172,7 +168,7 @@ impl<S: Source> Merge<S> {
     /// When `poll` has not said so.
     #[must_use]
     pub fn record(&self) -> RecordRef<'_> {
-        self.record_of(self.winner.as_ref().expect("poll said that a record is ready"))
+        self.sources[self.winner.expect("poll said that a record is ready")].record()
     }
 
     /// Goes past the current key in every source.
@@ -182,13 +178,6 @@ impl<S: Source> Merge<S> {
             self.sources[index].advance();
             self.stats.read += 1;
             self.moved.push(index);
-        }
-    }
-
-    fn record_of<'a>(&'a self, winner: &'a Winner) -> RecordRef<'a> {
-        match winner {
-            Winner::Source(index) => self.sources[*index].record(),
-            Winner::New(record) => Record::as_ref(record),
         }
     }
 
@@ -218,25 +207,28 @@ impl<S: Source> Merge<S> {
         true
     }
 
-    /// Merges the heads of `same` into `winner`; none when all of them were dropped.
+    /// Finds the newest of the heads of `same`; none when all of them were dropped.
     fn merge_versions<R: Retention + ?Sized>(&mut self, retention: &R) {
-        let mut winner: Option<Winner> = None;
+        self.winner = None;
         for &index in &self.same {
             let record = self.sources[index].record();
             if retention.is_dropped(&record) {
                 self.stats.dropped += 1;
                 continue;
             }
-            winner = Some(match winner {
-                None => Winner::Source(index),
-                Some(best) => match merge_records(&self.record_of(&best), &record) {
-                    Merged::First => best,
-                    Merged::Second => Winner::Source(index),
-                    Merged::New(merged) => Winner::New(Box::new(merged)),
-                },
+            let is_newest = self.winner.is_none_or(|best| {
+                let best_record = self.sources[best].record();
+                // The source that comes first is the later one.
+                if index < best {
+                    supersedes(&record, &best_record)
+                } else {
+                    !supersedes(&best_record, &record)
+                }
             });
+            if is_newest {
+                self.winner = Some(index);
+            }
         }
-        self.winner = winner;
     }
 }
 
@@ -253,7 +245,7 @@ fn is_dead(record: &RecordRef<'_>, now: WallMicros) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Dot, NamespaceId, OriginId, Timestamp};
+    use crate::model::{Dot, NamespaceId, OriginId, Record, Timestamp};
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -309,7 +301,8 @@ mod tests {
         fn is_dropped(&self, record: &RecordRef<'_>) -> bool {
             record.incarnation == 0
         }
-        fn is_purgeable(&self, record: &RecordRef<'_>) -> bool {
+        fn is_purgeable(&self, record: &RecordRef<'_>, released: Lsn) -> bool {
+            assert_eq!(released, Lsn(7));
             record.timestamp.0.is_multiple_of(2)
         }
     }
@@ -371,11 +364,32 @@ mod tests {
             model.retain(|_, record| {
                 !is_bottom || record.as_ref().is_live(now) || record.timestamp.0 % 2 == 1
             });
-            let (merged, stats) = run(Merge::new(made, now, is_bottom));
+            let (merged, stats) = run(Merge::new(made, now, is_bottom.then_some(Lsn(7))));
             let expected: Vec<_> = model.into_values().map(|r| (key_of(&r), r.as_ref().version().0)).collect();
             let found: Vec<_> = merged.iter().map(|r| (key_of(r), r.as_ref().version().0)).collect();
             prop_assert_eq!(found, expected);
             prop_assert_eq!((stats.read, stats.kept), (read as u64, merged.len() as u64));
+        }
+    }
+
+    #[test]
+    fn of_two_states_of_one_version_the_later_one_stays() {
+        // A merge that found only older siblings has its predecessor's version.
+        let state = |value: &[u8]| Record {
+            token: Token(7),
+            namespace: NamespaceId(0),
+            incarnation: 1,
+            kind: Kind::Siblings,
+            dot: Dot { origin: OriginId(1), sequence: 9 },
+            timestamp: Timestamp(9),
+            expiry_ms: 0,
+            key: b"k".to_vec(),
+            value: value.to_vec(),
+        };
+        for (newer, older) in [(b"aa", b"zz"), (b"zz", b"aa")] {
+            let tables = [vec![state(newer)], vec![state(older)], vec![state(b"mm")]];
+            let (merged, _) = run(Merge::new(sources(&tables, 9), WallMicros(0), None));
+            assert_eq!(merged, [state(newer)]);
         }
     }
 
@@ -394,7 +408,7 @@ mod tests {
         };
         let tables: Vec<Vec<Record>> =
             (1..=3).map(|n| (0..2000).map(|key| record(key * n, u64::from(n))).collect()).collect();
-        let (merged, _) = run(Merge::new(sources(&tables, 100), WallMicros(0), true));
+        let (merged, _) = run(Merge::new(sources(&tables, 100), WallMicros(0), Some(Lsn(7))));
         assert!(merged.is_sorted_by(|a, b| a.key < b.key));
         // Keys 0..2000, the evens to 4000, the multiples of 3 to 6000.
         assert_eq!(merged.len(), 2000 + 1000 + 667 - 333 + 1000 - 334 + 333 - 333);

@@ -17,9 +17,11 @@ use super::pace::Pace;
 use super::plan::{Avoid, Cutter, Mode, Place, PlanOptions, Pressure, Step, plan_around};
 use crate::disk::{Disk, File};
 use crate::error::{Error, Result};
-use crate::model::{RecordRef, Token, TokenRange};
+use crate::model::limits::CLOCK_OFFSET_MAX_US;
+use crate::model::{RecordRef, Token, TokenRange, WallMicros};
 use crate::options::Options;
 use crate::runtime::Runtime;
+use crate::shard::is_voided;
 use crate::sstable::{Block, Table, TableId, TableOptions, TableScan};
 use crate::tables::edit::{Level, TableSetEdit};
 use crate::tables::set::TableSet;
@@ -206,6 +208,13 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         self.count(|stats| stats.avoided = avoid.places.len());
     }
 
+    /// What could not be read in this range may be tried again at once.
+    pub(crate) fn try_again(&self, range: &TokenRange) {
+        let avoid = &mut *self.avoid.borrow_mut();
+        avoid.places.retain(|place| !place.range.overlaps(range));
+        self.count(|stats| stats.avoided = avoid.places.len());
+    }
+
     /// Forgets what is to be tried again, and tables that are gone.
     fn forget_avoided(&self, set: &TableSet<D::File>) {
         let avoid = &mut *self.avoid.borrow_mut();
@@ -267,7 +276,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         Ok(())
     }
 
-    fn open_inputs(&self, set: &TableSet<D::File>, step: &Step) -> Merge<Slice<D::File>> {
+    fn open_inputs(&self, set: &Rc<TableSet<D::File>>, step: &Step) -> Merge<Slice<D::File>> {
         let inputs: Vec<_> = set
             .tables()
             .filter(|live| {
@@ -280,9 +289,14 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             })
             .collect();
         let read_size = (READ_MEMORY / inputs.len().max(1)).clamp(READ_MIN, READ_MAX);
-        let slices =
-            inputs.into_iter().map(|(table, range)| Slice::new(table, range, read_size)).collect();
-        Merge::new(slices, self.runtime.wall(), step.is_bottom())
+        let slices = inputs
+            .into_iter()
+            .map(|(table, range)| Slice::new(table, range, read_size, set))
+            .collect();
+        // Replicas let a record expire at the same moment, as well as their clocks agree on it.
+        let now = self.runtime.wall().0.saturating_sub(CLOCK_OFFSET_MAX_US);
+        let bottom = step.is_bottom().then_some(set.layout().released);
+        Merge::new(slices, WallMicros(now), bottom)
     }
 
     fn open_output(&self, step: &Step) -> Output<D> {
@@ -341,6 +355,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
 
 /// The live records of one table in one range.
 struct Slice<F> {
+    set: Rc<TableSet<F>>,
     table: Rc<Table<F>>,
     scan: TableScan<F>,
     range: TokenRange,
@@ -354,15 +369,25 @@ struct Slice<F> {
 }
 
 impl<F: File> Slice<F> {
-    fn new(table: Rc<Table<F>>, range: TokenRange, read_size: usize) -> Slice<F> {
+    fn new(
+        table: Rc<Table<F>>,
+        range: TokenRange,
+        read_size: usize,
+        set: &Rc<TableSet<F>>,
+    ) -> Slice<F> {
+        let set = Rc::clone(set);
         let scan = TableScan::new(Rc::clone(&table), range, read_size);
-        Slice { table, scan, range, block: None, next: 0, end: 0, finished: false, bytes: 0 }
+        Slice { set, table, scan, range, block: None, next: 0, end: 0, finished: false, bytes: 0 }
     }
 
     /// Reads on until a record of the range is in memory, or the end.
     async fn refill(&mut self) -> Result<()> {
         while self.next == self.end && !self.finished {
-            self.block = self.scan.next_block().await?;
+            self.block = match self.scan.next_block().await {
+                // What it held was merged in again: it is left behind.
+                Err(error) if is_voided(self.set.layout(), self.table.id(), &error) => continue,
+                block => block?,
+            };
             match &self.block {
                 Some(block) => {
                     let positions = block.positions(self.range);

@@ -39,6 +39,7 @@ pub const BATCH_SIZE_CEILING: usize = 64 << 20;
 const KIND_CEILING: u8 = 0x81;
 const KIND_DROP_PARTITION: u8 = 0x82;
 const KIND_CLOSE: u8 = 0x83;
+const KIND_SEEN: u8 = 0x84;
 
 /// Why bytes are not what they should be: the first rule broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -297,7 +298,7 @@ impl BatchHeader {
 /// | 44     | 4    | namespace   | of the key                                                  |
 /// | 48     | 4    | incarnation | of the partition                                            |
 /// | 52     | 2    | key_size    | bytes, 1 to `KEY_SIZE_MAX`; 0 in a control record           |
-/// | 54     | 1    | kind        | 1 put, 2 delete, 3 siblings; control: 0x81 ceiling (timestamp, sequence), 0x82 drop partition (token: its number, incarnation), 0x83 close |
+/// | 54     | 1    | kind        | 1 put, 2 delete, 3 siblings; control: 0x81 ceiling (timestamp, sequence), 0x82 drop partition (token: its number, incarnation), 0x83 close, 0x84 seen (token and incarnation as before, value: the set) |
 /// | 55     | 1    | reserved    | 0                                                           |
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -323,7 +324,7 @@ const _: () = assert!(KEY_SIZE_MAX <= u16::MAX as usize);
 
 /// What the log says about the shard rather than about one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Control {
+pub enum Control<'a> {
     /// No stamp above `timestamp` and no sequence above `sequence` was used before a later one.
     Ceiling {
         /// Bound of stamps.
@@ -338,8 +339,28 @@ pub enum Control {
         /// Which of its incarnations.
         incarnation: u32,
     },
+    /// These writes count as merged in this incarnation of a partition, besides those whose records
+    /// the log holds.
+    Seen {
+        /// Which partition.
+        partition: PartitionId,
+        /// Which of its incarnations.
+        incarnation: u32,
+        /// An encoded `SeenSet`.
+        seen: &'a [u8],
+    },
     /// The log was closed in good order; all before it is durable.
     Close,
+}
+
+impl Control<'_> {
+    /// Bytes that it takes in a batch.
+    pub(super) fn size(&self) -> usize {
+        match self {
+            Control::Seen { seen, .. } => record_size(0, seen.len()),
+            _ => record_size(0, 0),
+        }
+    }
 }
 
 /// What replay finds under one number.
@@ -348,7 +369,7 @@ pub enum ReplayItem<'a> {
     /// A record of a key.
     Record(RecordRef<'a>),
     /// A control record.
-    Control(Control),
+    Control(Control<'a>),
 }
 
 /// Bytes that a record with this key and value takes in a batch.
@@ -379,8 +400,9 @@ pub fn encode_record(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, record: &RecordR
 }
 
 /// Appends a control record to a batch.
-pub fn encode_control(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, control: Control) {
+pub fn encode_control(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, control: Control<'_>) {
     let mut header = RecordHeader::zeroed();
+    let mut value: &[u8] = &[];
     match control {
         Control::Ceiling { timestamp, sequence } => {
             header.kind = KIND_CEILING;
@@ -392,9 +414,16 @@ pub fn encode_control(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, control: Contro
             header.token = u64::from(partition.0);
             header.incarnation = incarnation;
         }
+        Control::Seen { partition, incarnation, seen } => {
+            header.kind = KIND_SEEN;
+            header.token = u64::from(partition.0);
+            header.incarnation = incarnation;
+            header.value_size = u32::try_from(seen.len()).expect("checked against the limit");
+            value = seen;
+        }
         Control::Close => header.kind = KIND_CLOSE,
     }
-    encode_parts(buf, salt, lsn, &header, &[], &[]);
+    encode_parts(buf, salt, lsn, &header, &[], value);
 }
 
 #[inline]
@@ -481,19 +510,23 @@ impl RecordHeader {
                 value,
             }));
         }
-        if !key.is_empty() || !value.is_empty() || self.reserved != 0 {
+        if !key.is_empty() || (!value.is_empty() && self.kind != KIND_SEEN) || self.reserved != 0 {
             return Err(Invalid("control record fields"));
         }
+        let partition = || u32::try_from(self.token).map(PartitionId);
         match self.kind {
             KIND_CEILING => Ok(ReplayItem::Control(Control::Ceiling {
                 timestamp: Timestamp(self.timestamp),
                 sequence: self.sequence,
             })),
             KIND_DROP_PARTITION => Ok(ReplayItem::Control(Control::DropPartition {
-                partition: PartitionId(
-                    u32::try_from(self.token).map_err(|_| Invalid("partition number"))?,
-                ),
+                partition: partition().map_err(|_| Invalid("partition number"))?,
                 incarnation: self.incarnation,
+            })),
+            KIND_SEEN => Ok(ReplayItem::Control(Control::Seen {
+                partition: partition().map_err(|_| Invalid("partition number"))?,
+                incarnation: self.incarnation,
+                seen: value,
             })),
             KIND_CLOSE => Ok(ReplayItem::Control(Control::Close)),
             _ => Err(Invalid("record kind")),

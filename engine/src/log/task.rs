@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 
 use super::Lsn;
-use super::format::{BATCH_HEADER_SIZE, BatchHeader, Records, ReplayItem, SEGMENT_HEADER_SIZE};
+use super::format::{BATCH_HEADER_SIZE, BatchHeader, Records, SEGMENT_HEADER_SIZE};
 use super::segments::{Segment, zero};
 use super::state::{Batch, Shared, Used};
 use crate::disk::{Disk, File, WriteMode};
@@ -347,9 +347,7 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
             for item in Records::trusted(records, Lsn(batch.first)) {
                 let (lsn, item) = item.expect("the log encoded it");
                 self.shared.visible.set(lsn.0);
-                if let ReplayItem::Record(record) = item {
-                    sink(lsn, &record);
-                }
+                sink(lsn, &item);
             }
         }
         self.shared.visible.set(self.shared.visible.get().max(batch.last()));

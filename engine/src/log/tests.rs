@@ -39,7 +39,8 @@ fn periodic() -> LogOptions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Seen {
     Record(Record),
-    Control(Control),
+    Control(Control<'static>),
+    Merged(PartitionId, u32, Vec<u8>),
 }
 
 /// A record that says which it is: tag and size decide all of it.
@@ -64,7 +65,11 @@ type Sunk = Rc<RefCell<Vec<(Lsn, Record)>>>;
 
 fn sink_into(sunk: &Sunk) -> Sink {
     let sunk = Rc::clone(sunk);
-    Box::new(move |lsn, record| sunk.borrow_mut().push((lsn, record.to_owned())))
+    Box::new(move |lsn, item| {
+        if let ReplayItem::Record(record) = item {
+            sunk.borrow_mut().push((lsn, record.to_owned()));
+        }
+    })
 }
 
 async fn read(disk: &SimDisk, from: Lsn) -> Result<(ReplayEnd, Vec<(Lsn, Seen)>)> {
@@ -74,7 +79,16 @@ async fn read(disk: &SimDisk, from: Lsn) -> Result<(ReplayEnd, Vec<(Lsn, Seen)>)
             lsn,
             match item {
                 ReplayItem::Record(record) => Seen::Record(record.to_owned()),
-                ReplayItem::Control(control) => Seen::Control(control),
+                ReplayItem::Control(Control::Seen { partition, incarnation, seen }) => {
+                    Seen::Merged(partition, incarnation, seen.to_vec())
+                }
+                ReplayItem::Control(Control::Close) => Seen::Control(Control::Close),
+                ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
+                    Seen::Control(Control::Ceiling { timestamp, sequence })
+                }
+                ReplayItem::Control(Control::DropPartition { partition, incarnation }) => {
+                    Seen::Control(Control::DropPartition { partition, incarnation })
+                }
             },
         ));
     })
@@ -202,10 +216,20 @@ fn control_records_have_numbers_of_their_own_and_are_replayed() {
         log.append(&record(2, 0).as_ref()).unwrap();
         assert_eq!(log.append_control(drop).unwrap(), Lsn(3));
         assert!(log.append_control(Control::Close).is_err());
-        log.wait_visible(Lsn(3)).await.unwrap();
+        let merged = Control::Seen { partition: PartitionId(3), incarnation: 2, seen: b"a set" };
+        assert_eq!(log.append_control(merged).unwrap(), Lsn(4));
+        let seen = &vec![0; 40 << 20];
+        let huge = Control::Seen { partition: PartitionId(3), incarnation: 2, seen };
+        assert!(matches!(log.append_control(huge), Err(Error::Invalid { .. })));
+        log.wait_visible(Lsn(4)).await.unwrap();
         assert_eq!(*sunk.borrow(), vec![(Lsn(2), record(2, 0))]);
         let (_, seen) = read(&disk, Lsn(1)).await.unwrap();
-        let expected = [Seen::Control(ceiling), Seen::Record(record(2, 0)), Seen::Control(drop)];
+        let expected = [
+            Seen::Control(ceiling),
+            Seen::Record(record(2, 0)),
+            Seen::Control(drop),
+            Seen::Merged(PartitionId(3), 2, b"a set".to_vec()),
+        ];
         assert_eq!(seen.into_iter().map(|(_, seen)| seen).collect::<Vec<_>>(), expected);
     });
 }

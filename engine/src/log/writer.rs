@@ -13,7 +13,9 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use super::format::{BATCH_SIZE_CEILING, Control, encode_control, encode_record, record_size};
+use super::format::{
+    BATCH_SIZE_CEILING, Control, ReplayItem, encode_control, encode_record, record_size,
+};
 use super::replay::ReplayEnd;
 use super::segments::{Life, SegmentMaker, make_durable, remove_temporaries};
 use super::state::{Shared, State, Used};
@@ -26,8 +28,9 @@ use crate::model::limits::KEY_SIZE_MAX;
 use crate::options::{Durability, LogOptions};
 use crate::runtime::{Class, Runtime};
 
-/// Called once a record, in order, when the record may become visible. Must not append.
-pub type Sink = Box<dyn FnMut(Lsn, &RecordRef<'_>)>;
+/// Called once a record, control records among them, in order, when it may become visible. Must not
+/// append.
+pub type Sink = Box<dyn FnMut(Lsn, &ReplayItem<'_>)>;
 
 /// Longest record, so that a batch of one always fits [`BATCH_SIZE_CEILING`].
 const RECORD_SIZE_MAX: usize = BATCH_SIZE_CEILING / 2;
@@ -164,26 +167,31 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
             .append_with(size, false, |buf, lsn| encode_record(buf, salt, lsn, record))?;
         if self.shared.periodic {
             self.shared.visible.set(lsn.0);
-            (self.shared.sink.borrow_mut())(lsn, record);
+            (self.shared.sink.borrow_mut())(lsn, &ReplayItem::Record(*record));
         }
         Ok(lsn)
     }
 
-    /// Like [`CommitLog::append`], for what the log says about the shard. The sink is not called.
-    /// It is taken when records no longer are, because without it no memtable can be flushed.
+    /// Like [`CommitLog::append`], for what the log says about the shard. It is taken when records no
+    /// longer are, because without it no memtable can be flushed.
     ///
     /// # Errors
     /// As `append`; `Invalid` for [`Control::Close`], which only [`CommitLog::close`] writes.
-    pub fn append_control(&self, control: Control) -> Result<Lsn> {
+    pub fn append_control(&self, control: Control<'_>) -> Result<Lsn> {
         if control == Control::Close {
             return Err(Error::Invalid { what: "only closing the log writes that".to_owned() });
         }
         let salt = self.shared.record_salt;
-        let lsn = self.shared.append_with(record_size(0, 0), true, |buf, lsn| {
+        let size = control.size();
+        if size > RECORD_SIZE_MAX {
+            return Err(Error::Invalid { what: format!("a control record of {size} bytes") });
+        }
+        let lsn = self.shared.append_with(size, true, |buf, lsn| {
             encode_control(buf, salt, lsn, control);
         })?;
         if self.shared.periodic {
             self.shared.visible.set(lsn.0);
+            (self.shared.sink.borrow_mut())(lsn, &ReplayItem::Control(control));
         }
         Ok(lsn)
     }

@@ -5,7 +5,7 @@
 //!          which leaf      which slot in it    entry.rs: header, key, value
 //! ```
 //!
-//! Invariant: one entry a key, the merge of all that was inserted for it; a walk is in the order
+//! Invariant: one entry a key, the newest of all that was inserted for it; a walk is in the order
 //! `(token, namespace, key)` without any sorting, so that neither sealing, flushing nor a short
 //! scan stalls the shard. Nothing here is ever copied to grow: leaves split, the arena adds
 //! chunks. Records arrive after they are in the log, and leave in a table.
@@ -24,7 +24,7 @@ use std::cmp::Ordering;
 use arena::{Arena, Place};
 use directory::{Directory, Spot};
 
-use crate::model::causality::{Merged, merge_records};
+use crate::model::causality::supersedes;
 use crate::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Token, TokenRange};
 
 /// What an insert did.
@@ -32,13 +32,13 @@ use crate::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Token, TokenR
 pub enum Inserted {
     /// The key was not there.
     New,
-    /// The key was there; it now has the new record or the merge of both.
+    /// The key was there; it now has the new record.
     Replaced,
-    /// The key was there and what it had covers the new record: nothing changed.
+    /// The key was there and what it had is newer than the new record: nothing changed.
     Kept,
 }
 
-/// Sorted, merged, bounded by the caller: insert until [`Memtable::is_full`], then seal and flush.
+/// Sorted, newest only, bounded by the caller: insert until [`Memtable::is_full`], then seal and flush.
 pub struct Memtable {
     arena: Arena,
     directory: Directory,
@@ -67,8 +67,9 @@ impl Memtable {
         }
     }
 
-    /// Merges a record in. The cost is that of a search, and of copying the record if it is kept;
-    /// an overwrite takes its predecessor's place if it fits there.
+    /// Takes a record in, if it supersedes what is there. Records come in the order of the log. The
+    /// cost is that of a search, and of copying the record if it is kept; an overwrite takes its
+    /// predecessor's place if it fits there.
     ///
     /// # Panics
     /// If the key is empty or longer than `KEY_SIZE_MAX`: the shard refuses such requests.
@@ -82,11 +83,10 @@ impl Memtable {
         });
         match found {
             Ok((spot, place)) => {
-                match merge_records(&self.entry(record.token, place), record) {
-                    Merged::First => return Inserted::Kept,
-                    Merged::Second => self.overwrite(spot, place, record),
-                    Merged::New(merged) => self.overwrite(spot, place, &merged.as_ref()),
+                if !supersedes(record, &self.entry(record.token, place)) {
+                    return Inserted::Kept;
                 }
+                self.overwrite(spot, place, record);
                 Inserted::Replaced
             }
             Err(spot) => {

@@ -13,7 +13,7 @@ use std::cmp::Ordering;
 use super::Timestamp;
 
 pub use super::context::{BadContext, BoundContext, ContextSecret};
-pub use super::merge::{Merged, merge_records};
+pub use super::merge::{Merged, merge_records, supersedes};
 pub use super::siblings::{InvalidState, KeyState, Pruned, Sibling, TooManySiblings};
 
 /// Identity of a node as a source of writes. Handed out once, never reused.

@@ -1,12 +1,23 @@
-//! The one merge of records: in the memtable, between tables, and of a peer's record with ours.
+//! The two ways in which records of one key meet: of one shard, and of two replicas.
 //!
-//! Invariant: merging is commutative, associative and idempotent, so that the order in which
-//! compaction, recovery and peers happen to merge does not matter. Records of an earlier
-//! incarnation of the partition give way whole. Two plain records: the last write wins. Where one
-//! is a [`KeyState`] both are merged as key states, and nothing unseen is lost.
+//! Within a shard, in memory and between tables, [`supersedes`] chooses: the later record wins unless
+//! its version is less. A `Siblings` record was made by reading what was there before it, so it
+//! already holds the merge, and its vector may be stripped, so it must not be merged again.
+//!
+//! Between replicas [`merge_records`] merges. //! Invariant: that is commutative, associative and
+//! idempotent, so that the order in which peers happen to merge does not matter. Records of an
+//! earlier incarnation of the partition give way whole. Two plain records: the last write wins.
+//! Where one is a [`KeyState`] both are merged as key states, and nothing unseen is lost.
 
 use super::siblings::KeyState;
 use super::{Kind, Record, RecordRef};
+
+/// Whether `later` stands for both: two records of one key that this shard logged in this order.
+#[inline]
+#[must_use]
+pub fn supersedes(later: &RecordRef<'_>, earlier: &RecordRef<'_>) -> bool {
+    (later.incarnation, later.version()) >= (earlier.incarnation, earlier.version())
+}
 
 /// Which record stands for both.
 #[derive(Clone, Debug, PartialEq, Eq)]

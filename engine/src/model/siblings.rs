@@ -126,6 +126,14 @@ impl<'a> KeyState<'a> {
         Ok(KeyState { siblings: vec![sibling], seen: Vec::new(), floor: Some(record.version()) })
     }
 
+    /// The same, of a record that owns its bytes.
+    ///
+    /// # Errors
+    /// As [`KeyState::of_record`].
+    pub fn of_borrowed(record: &'a Record) -> Result<KeyState<'a>, InvalidState> {
+        KeyState::of_record(&record.as_ref())
+    }
+
     /// The state as a record of kind `Siblings`, with the key and incarnation of `like`. Its dot
     /// and stamp are those of the newest sibling; it expires with its last sibling.
     #[must_use]

@@ -14,10 +14,9 @@ use crate::cache::{decode_warm_list, encode_warm_list};
 use crate::compaction::Mode;
 use crate::compaction::flush::{FlushOptions, flush};
 use crate::compaction::pace::{DELAY_FULL_MAX_NANOS, delay_max};
-use crate::compaction::{Retention, Unflushed, write_delay};
+use crate::compaction::{Unflushed, write_delay};
 use crate::disk::{Disk, File, OpenMode, WriteMode};
-use crate::log::Control;
-use crate::model::{Instant, NamespaceId, RecordRef};
+use crate::model::Instant;
 use crate::runtime::{Class, Runtime};
 use crate::{Error, Result};
 
@@ -39,32 +38,6 @@ const WARM_BLOCKS_MAX: usize = 16_384;
 /// Name of the warm list.
 const WARM_NAME: &str = "WARM";
 const WARM_NAME_NEW: &str = "WARM.new";
-
-/// Namespaces that were dropped: their records go away wherever they are met.
-#[derive(Debug, Default)]
-pub(crate) struct Dropped(std::cell::RefCell<std::collections::BTreeSet<NamespaceId>>);
-
-impl Dropped {
-    pub(crate) fn set(&self, namespaces: impl IntoIterator<Item = NamespaceId>) {
-        *self.0.borrow_mut() = namespaces.into_iter().collect();
-    }
-
-    pub(crate) fn copy(&self, other: &Dropped) {
-        self.0.borrow_mut().clone_from(&other.0.borrow());
-    }
-}
-
-impl Retention for Dropped {
-    fn is_dropped(&self, record: &RecordRef<'_>) -> bool {
-        let dropped = self.0.borrow();
-        !dropped.is_empty() && dropped.contains(&record.namespace)
-    }
-
-    fn is_purgeable(&self, _record: &RecordRef<'_>) -> bool {
-        // One replica: nobody else could bring an older record back.
-        true
-    }
-}
 
 impl<D: Disk, R: Runtime> Shard<D, R> {
     /// Starts the shard's own tasks.
@@ -153,7 +126,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         // ceiling again there before that.
         // A flush that is tried again finds it there, or a full log would fill with ceilings.
         if state.ceiling_at.get() <= sealed.last {
-            let ceiling: Control = state.versions.borrow().ceiling();
+            let ceiling = state.versions.borrow().ceiling();
             state.ceiling_at.set(state.log.append_control(ceiling)?);
         }
         state.log.wait_durable(state.ceiling_at.get()).await?;
@@ -163,14 +136,15 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             table_size: state.options.compaction.table_size,
             order: state.tables.next_order(),
             released: sealed.last,
+            replicas: sealed.replicas.clone(),
         };
-        let retention = &*state.dropped;
+        let retention = &*state.keep;
         let records = sealed.memtable.sorted();
         let written =
             flush(&state.tables, &state.runtime, retention, records, options, &state.stop).await?;
         let Some(flushed) = written else { return Ok(()) };
         let (bytes, nanos) = (flushed.bytes, flushed.nanos);
-        flushed.commit(&state.tables).await?;
+        flushed.commit(&state.tables, state.log.durable()).await?;
         state.tables_max.set(state.tables_max.get().max(sealed.memtable.max_timestamp()));
         state.memory.borrow_mut().remove_oldest_sealed();
         state.pace.borrow_mut().flushed(state.runtime.now(), bytes, nanos);
@@ -224,6 +198,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 }
                 Ok(false) => self.pause(SETTLE_NANOS / 4).await,
                 Err(error) => {
+                    self.note_damage(&error);
                     if is_news(failed.as_ref(), &error) {
                         tracing::error!(dir = %state.dir.display(), %error, "a compaction failed");
                     }

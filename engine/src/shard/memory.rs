@@ -1,13 +1,16 @@
-//! A shard's records that are not yet in tables: the active memtable and the sealed ones.
+//! A shard's records that are not yet in tables: the active memtable and the sealed ones; and what
+//! it has of its partitions beside the records.
 //!
 //! Invariant: a record is in here exactly while its LSN is above what the manifest says was
 //! released. The newest version of a key is found first: active, then sealed from the newest.
+//! Records of a dropped incarnation are never found; the active memtable holds none.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::notify::Notify;
-use crate::log::Lsn;
+use super::replicas::{Replicas, is_shown};
+use crate::log::{Lsn, ReplayItem};
 use crate::memtable::Memtable;
 use crate::model::{NamespaceId, RecordRef, Timestamp, Token};
 
@@ -17,12 +20,17 @@ pub(crate) struct Sealed {
     pub(crate) memtable: Memtable,
     /// All records up to here are in this memtable or in older ones.
     pub(crate) last: Lsn,
+    /// The partitions as they were then.
+    pub(crate) replicas: Replicas,
 }
 
 /// The active memtable and the sealed ones.
 pub(crate) struct Memory {
     active: Memtable,
     last: Lsn,
+    /// Where the last sealed memtable ends.
+    sealed_last: Lsn,
+    replicas: Replicas,
     budget_bytes: usize,
     /// Counts seals, so that a scan notices that records may have moved.
     epoch: u64,
@@ -35,11 +43,13 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// Empty, each memtable sealed at `budget_bytes`.
-    pub(crate) fn new(budget_bytes: usize) -> Memory {
+    /// Empty, each memtable sealed at `budget_bytes`, with partitions as the manifest knows them.
+    pub(crate) fn new(budget_bytes: usize, replicas: Replicas) -> Memory {
         Memory {
             active: Memtable::new(budget_bytes),
             last: Lsn::default(),
+            sealed_last: Lsn::default(),
+            replicas,
             budget_bytes,
             epoch: 0,
             sealed: VecDeque::new(),
@@ -48,26 +58,55 @@ impl Memory {
         }
     }
 
-    /// Merges a record in; seals the active memtable when it is full.
-    pub(crate) fn insert(&mut self, lsn: Lsn, record: &RecordRef<'_>) {
+    /// Takes in what the log shows; seals the active memtable when it is full.
+    pub(crate) fn show(&mut self, lsn: Lsn, item: &ReplayItem<'_>) {
         debug_assert!(lsn > self.last);
-        self.active.insert(record);
-        self.last = lsn;
-        if self.active.is_full() {
-            self.seal();
+        match item {
+            ReplayItem::Record(record) => {
+                self.last = lsn;
+                if !self.replicas.is_current(record) {
+                    return;
+                }
+                self.replicas.mark(record);
+                self.active.insert(record);
+                if self.active.is_full() {
+                    self.seal();
+                }
+            }
+            ReplayItem::Control(control) if is_shown(item) => {
+                self.last = lsn;
+                if let Some((partition, incarnation)) = self.replicas.control(control) {
+                    let bits = self.replicas.bits();
+                    self.active.remove_partition(partition, bits, incarnation);
+                }
+            }
+            ReplayItem::Control(_) => {}
         }
     }
 
-    /// Seals the active memtable if it holds anything.
+    /// Seals the active memtable if anything was shown since the last time.
     pub(crate) fn seal(&mut self) {
-        if self.active.is_empty() {
+        if self.last == self.sealed_last {
             return;
         }
         let memtable = std::mem::replace(&mut self.active, Memtable::new(self.budget_bytes));
         self.epoch += 1;
         self.sealed_max = self.sealed_max.max(memtable.max_timestamp());
-        self.sealed.push_back(Rc::new(Sealed { memtable, last: self.last }));
+        self.sealed_last = self.last;
+        let (last, replicas) = (self.last, self.replicas.clone());
+        self.sealed.push_back(Rc::new(Sealed { memtable, last, replicas }));
         self.changed.notify();
+    }
+
+    /// The partitions as of the last record shown.
+    #[inline]
+    pub(crate) fn replicas(&self) -> &Replicas {
+        &self.replicas
+    }
+
+    /// The same, to declare something that no record says.
+    pub(crate) fn replicas_mut(&mut self) -> &mut Replicas {
+        &mut self.replicas
     }
 
     /// The oldest sealed memtable, which is the next to flush.
@@ -104,6 +143,7 @@ impl Memory {
         }
         for sealed in self.sealed.iter().rev() {
             if let Some(found) = sealed.memtable.get(token, namespace, key)
+                && self.replicas.is_current(&found)
                 && best.is_none_or(|best| found.version() > best.version())
             {
                 best = Some(found);

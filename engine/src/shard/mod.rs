@@ -17,9 +17,13 @@ mod memory;
 mod notify;
 mod read;
 mod reopen;
+mod replicas;
+mod replicate;
+mod retention;
 mod scan;
 mod snapshot;
 mod space;
+mod unknown;
 mod versions;
 mod write;
 
@@ -28,14 +32,17 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 pub use read::{Found, PendingRead, Probe};
+pub use replicate::MergedIn;
 pub use scan::ScanRequest;
 pub use space::SpaceLevel;
 pub use write::{Applied, Condition, Merge, Mutation, Outcome};
 
-pub(crate) use background::Dropped;
 pub(crate) use memory::Memory;
 pub(crate) use notify::Notify;
+pub(crate) use replicas::{FIRST_INCARNATION, Replicas};
+pub(crate) use retention::Keep;
 pub(crate) use space::{SpaceWatch, Thresholds};
+pub(crate) use unknown::{Damaged, is_voided};
 pub(crate) use versions::{Unsettled, Versions};
 
 use crate::cache::BlockCache;
@@ -88,7 +95,12 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) unsettled: RefCell<Unsettled>,
     pub(crate) space: SpaceWatch,
     pub(crate) stats: RefCell<Counters>,
-    pub(crate) dropped: Rc<Dropped>,
+    /// Where the log holds the last drop of a partition.
+    pub(crate) dropped_at: Cell<Lsn>,
+    /// Which records may go.
+    pub(crate) keep: Rc<Keep>,
+    /// Blocks that failed their check.
+    pub(crate) damaged: RefCell<Vec<Damaged>>,
     /// What a reopening asks again.
     pub(crate) compression: Option<crate::recover::CompressionOf>,
     /// How upper tables are written.
@@ -191,9 +203,10 @@ pub struct ShardStats {
 
 impl<D: Disk, R: Runtime> ShardState<D, R> {
     /// The incarnation under which the token's partition takes writes.
-    pub(crate) fn incarnation_of(&self, _token: Token) -> u32 {
-        // Ownership does not move yet: every partition is in its first incarnation.
-        1
+    #[inline]
+    pub(crate) fn incarnation_of(&self, token: Token) -> u32 {
+        let partition = token.partition(self.identity.partition_bits);
+        self.versions.borrow().incarnation(partition)
     }
 
     /// Whose log it is.
@@ -286,7 +299,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         if let Err(error) = self.state.save_warm_list().await {
             tracing::warn!(%error, "the list of hot blocks was not saved: the next start is cold");
         }
-        self.state.log.close().await
+        self.state.log.close().await?;
+        // From now on a missing end of the log is noticed.
+        if let Err(error) = self.state.tables.note_logged(self.state.log.durable()).await {
+            tracing::warn!(%error, "the manifest does not know where the log was closed");
+        }
+        Ok(())
     }
 
     /// By how many nanoseconds the answer to a write of `bytes` must be held back, so that debts
@@ -349,7 +367,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
 
     /// Namespaces whose records go away at the next flush or compaction.
     pub fn set_dropped_namespaces(&self, namespaces: impl IntoIterator<Item = NamespaceId>) {
-        self.state.dropped.set(namespaces);
+        self.state.keep.set_dropped(namespaces);
     }
 
     /// How full the disk is.

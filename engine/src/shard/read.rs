@@ -10,6 +10,7 @@
 use std::rc::Rc;
 
 use super::Shard;
+use super::unknown::is_voided;
 use crate::disk::{Disk, File};
 use crate::model::{Dot, NamespaceId, Record, RecordRef, Timestamp, Token};
 use crate::runtime::Runtime;
@@ -68,6 +69,8 @@ enum Step<F> {
 #[derive(Debug)]
 pub struct PendingRead<F> {
     set: Rc<TableSet<F>>,
+    /// The partition's incarnation when the search began.
+    incarnation: u32,
     token: Token,
     namespace: NamespaceId,
     key: Box<[u8]>,
@@ -122,16 +125,20 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         if candidates.len() >= PREFETCH_TABLES_MIN {
             candidates.prefetch(token);
         }
-        let step = search(candidates, &wanted, floor, &mut best, &mut position, |id, handle| {
+        let incarnation = memory.replicas().incarnation(token);
+        let mut search = Search { wanted, incarnation, floor };
+        let step = search.run(candidates, &mut best, &mut position, |id, handle| {
             state.cache.borrow_mut().get(id, handle.offset)
         });
         match step {
-            Step::Done => {
+            // What was lost is spoken of where an error can be.
+            Step::Done if set.layout().lost.is_empty() => {
                 let in_tables = best.as_ref().and_then(|best: &Best| best.record(&wanted));
                 Probe::Done(visit(in_tables.or(in_memory)))
             }
-            Step::Read(..) => Probe::Pending(Box::new(PendingRead {
+            Step::Done | Step::Read(..) => Probe::Pending(Box::new(PendingRead {
                 set,
+                incarnation,
                 token,
                 namespace,
                 key: key.into(),
@@ -220,10 +227,9 @@ impl<F: File> PendingRead<F> {
             let wanted = Wanted { token: self.token, namespace: self.namespace, key: &self.key };
             let floor =
                 self.best.as_ref().and_then(|best| best.record(&wanted)).map(|r| r.version());
-            let step = search(
+            let mut search = Search { wanted, incarnation: self.incarnation, floor };
+            let step = search.run(
                 self.set.candidates(self.token),
-                &wanted,
-                floor,
                 &mut self.best,
                 &mut self.position,
                 |id, handle| match &fresh {
@@ -234,12 +240,18 @@ impl<F: File> PendingRead<F> {
                 },
             );
             let Step::Read(table, handle) = step else {
+                shard.check_lost(&self.set, self.token, search.floor.map(|(stamp, _)| stamp))?;
                 let PendingRead { token, namespace, key, best, .. } = *self;
                 return Ok(Found { token, namespace, key, best });
             };
             let block = match table.read_block(handle).await {
                 Ok(block) => Rc::new(block),
+                Err(error) if is_voided(state.tables.current().layout(), table.id(), &error) => {
+                    self.position += 1;
+                    continue;
+                }
                 Err(error) => {
+                    shard.note_damage(&error);
                     let corrupt = matches!(error, Error::Corrupt { .. });
                     let stats = &mut *state.stats.borrow_mut();
                     stats.corrupt_reads += u64::from(corrupt);
@@ -258,38 +270,51 @@ impl<F: File> PendingRead<F> {
     }
 }
 
-/// Goes through the candidate tables from `position` on, newest first, as far as `block_of` can
-/// supply blocks. `floor` is the version that a table must beat; `best` is replaced when beaten.
-fn search<F: File>(
-    candidates: Candidates<'_, F>,
-    wanted: &Wanted<'_>,
-    mut floor: Option<(Timestamp, Dot)>,
-    best: &mut Option<Best>,
-    position: &mut usize,
-    mut block_of: impl FnMut(TableId, BlockHandle) -> Option<Rc<Block>>,
-) -> Step<F> {
-    for candidate in candidates.skip(*position) {
-        let table = candidate.table;
-        let beaten = floor.is_some_and(|(stamp, _)| table.entry().summary.max_timestamp < stamp);
-        if !beaten
-            && table.may_contain(wanted.token)
-            && let Some(handle) = table.locate(wanted.token, wanted.namespace, wanted.key)
-        {
-            let Some(block) = block_of(table.id(), handle) else {
-                return Step::Read(Rc::clone(table), handle);
-            };
-            let found = block.get(wanted.token, wanted.namespace, wanted.key);
-            if let Some(version) = found.map(|record| record.version())
-                && floor.is_none_or(|floor| version > floor)
+/// A key to look for in tables.
+struct Search<'a> {
+    wanted: Wanted<'a>,
+    /// Records of earlier incarnations are not there.
+    incarnation: u32,
+    /// The version that a table must beat.
+    floor: Option<(Timestamp, Dot)>,
+}
+
+impl Search<'_> {
+    /// Goes through the candidate tables from `position` on, newest first, as far as `block_of` can
+    /// supply blocks. `best` is replaced when beaten.
+    fn run<F: File>(
+        &mut self,
+        candidates: Candidates<'_, F>,
+        best: &mut Option<Best>,
+        position: &mut usize,
+        mut block_of: impl FnMut(TableId, BlockHandle) -> Option<Rc<Block>>,
+    ) -> Step<F> {
+        let Search { wanted, incarnation, floor } = self;
+        for candidate in candidates.skip(*position) {
+            let table = candidate.table;
+            let beaten =
+                floor.is_some_and(|(stamp, _)| table.entry().summary.max_timestamp < stamp);
+            if !beaten
+                && table.may_contain(wanted.token)
+                && let Some(handle) = table.locate(wanted.token, wanted.namespace, wanted.key)
             {
-                floor = Some(version);
-                *best = Some(Best::InBlock(block));
+                let Some(block) = block_of(table.id(), handle) else {
+                    return Step::Read(Rc::clone(table), handle);
+                };
+                let found = block.get(wanted.token, wanted.namespace, wanted.key);
+                let found = found.filter(|record| record.incarnation >= *incarnation);
+                if let Some(version) = found.map(|record| record.version())
+                    && floor.is_none_or(|floor| version > floor)
+                {
+                    *floor = Some(version);
+                    *best = Some(Best::InBlock(block));
+                }
+            }
+            *position += 1;
+            if floor.is_some_and(|(stamp, _)| candidate.rest_max < stamp) {
+                break;
             }
         }
-        *position += 1;
-        if floor.is_some_and(|(stamp, _)| candidate.rest_max < stamp) {
-            break;
-        }
+        Step::Done
     }
-    Step::Done
 }

@@ -50,7 +50,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         new.cache.swap(&old.cache);
         *old.cache.borrow_mut() = BlockCache::new(0);
         *new.stats.borrow_mut() = *old.stats.borrow();
-        new.dropped.copy(&old.dropped);
+        new.keep.copy_dropped(&old.keep);
         new.watch_nanos.set(old.watch_nanos.get());
         let elder = Rc::downgrade(&self.state);
         new.tables.hold_files(move || elder.strong_count() > 0);

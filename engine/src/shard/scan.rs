@@ -11,6 +11,7 @@
 use std::rc::Rc;
 
 use super::Shard;
+use super::unknown::is_voided;
 use crate::Result;
 use crate::disk::{Disk, File};
 use crate::model::{NamespaceId, Record, RecordRef, Token, TokenRange};
@@ -36,6 +37,7 @@ pub struct ScanRequest<'a> {
 
 /// Where a scan stands in one table: the live ranges still to read, and the block at hand.
 struct Cursor<F> {
+    set: Rc<TableSet<F>>,
     table: Rc<LiveTable<F>>,
     ranges: std::vec::IntoIter<TokenRange>,
     /// The live range that `scan` reads.
@@ -58,12 +60,15 @@ impl<F: File> Cursor<F> {
                 self.range = range;
                 continue;
             };
-            match scan.next_block().await? {
-                Some(block) => {
+            match scan.next_block().await {
+                Ok(Some(block)) => {
                     let positions = block.positions(self.range);
                     self.block = Some((block, positions));
                 }
-                None => self.scan = None,
+                Ok(None) => self.scan = None,
+                // It was passed over.
+                Err(error) if is_voided(self.set.layout(), self.table.id(), &error) => {}
+                Err(error) => return Err(error),
             }
         }
     }
@@ -106,25 +111,35 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             let epoch = self.state.memory.borrow().epoch();
             let set = self.state.tables.current();
             let first = place.as_ref().map_or(request.range.first, |place| place.token);
-            let rest = TokenRange { first, last: request.range.last };
+            let mut rest = TokenRange { first, last: request.range.last };
+            // What is lost of tables that were put aside ends the scan.
+            let lost = self.first_lost(&set, &rest);
+            if let Some((token, error)) = &lost {
+                if *token <= first {
+                    return Err(error.clone());
+                }
+                rest.last = Token(token.0 - 1);
+            }
             let mut cursors = cursors_of(&set, rest);
             if let Some(place) = &place {
-                skip_to(&mut cursors, place).await?;
+                self.noting(skip_to(&mut cursors, place).await)?;
             }
             let mut steps = 0;
             loop {
                 for cursor in &mut cursors {
-                    cursor.fill().await?;
+                    self.noting(cursor.fill().await)?;
                 }
                 if self.state.memory.borrow().epoch() != epoch {
                     // Start over behind the last key, with the set as it is now.
                     break;
                 }
-                let Some(record) = self.next_record(&mut cursors, request.range, place.as_ref())
+                let Some((record, is_current)) =
+                    self.next_record(&mut cursors, rest, place.as_ref())
                 else {
-                    return Ok(None);
+                    return lost.map_or(Ok(None), |(_, error)| Err(error));
                 };
-                let wanted = request.namespace.is_none_or(|wanted| wanted == record.namespace);
+                let wanted =
+                    is_current && request.namespace.is_none_or(|wanted| wanted == record.namespace);
                 let go_on = !wanted || visit(&record.as_ref());
                 let (token, key) = (record.token, record.key);
                 if !go_on {
@@ -139,20 +154,25 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
+    fn noting<T>(&self, result: Result<T>) -> Result<T> {
+        result.inspect_err(|error| self.note_damage(error))
+    }
+
     /// The record with the least key behind `place`, merged from memory and cursors, which are
-    /// moved past it.
+    /// moved past it; and whether it is of the present incarnation of its partition.
     fn next_record(
         &self,
         cursors: &mut [Cursor<D::File>],
         range: TokenRange,
         place: Option<&Place>,
-    ) -> Option<Record> {
+    ) -> Option<(Record, bool)> {
         let memory = self.state.memory.borrow();
         let mut least: Option<RecordRef<'_>> = None;
         let better = |candidate: RecordRef<'_>, least: &Option<RecordRef<'_>>| {
             least.as_ref().is_none_or(|least| {
                 let order = candidate.cmp_by_key(least);
-                order.is_lt() || order.is_eq() && candidate.version() > least.version()
+                let rank = |record: &RecordRef<'_>| (record.incarnation, record.version());
+                order.is_lt() || order.is_eq() && rank(&candidate) > rank(least)
             })
         };
         for memtable in memory.newest_first() {
@@ -176,18 +196,20 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             }
         }
         let record = least?.to_owned();
+        let is_current = memory.replicas().is_current(&record.as_ref());
         for cursor in cursors {
             if cursor.peek().is_some_and(|other| other.cmp_by_key(&record.as_ref()).is_eq()) {
                 cursor.advance();
             }
         }
-        Some(record)
+        Some((record, is_current))
     }
 }
 
 fn cursors_of<F: File>(set: &Rc<TableSet<F>>, range: TokenRange) -> Vec<Cursor<F>> {
     set.slices(range)
         .map(|(table, ranges)| Cursor {
+            set: Rc::clone(set),
             table: Rc::clone(table),
             ranges: ranges.into_iter(),
             range,

@@ -9,8 +9,7 @@ use std::path::Path;
 use super::Shard;
 use crate::disk::Disk;
 use crate::identity::Identity;
-use crate::log::{CommitLog, Lsn, ReplayEnd};
-use crate::model::RecordRef;
+use crate::log::{CommitLog, Lsn, ReplayEnd, ReplayItem};
 use crate::options::LogOptions;
 use crate::runtime::Runtime;
 use crate::{Error, Result};
@@ -33,7 +32,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let options = LogOptions { segment_size: SEGMENT_SIZE, ..self.state.options.log };
         let options = LogOptions { segments_ready: 1, segments_free_max: 0, ..options };
         let (disk, runtime) = (self.state.disk.clone(), self.state.runtime.clone());
-        let sink = Box::new(|_: Lsn, _: &RecordRef<'_>| {});
+        let sink = Box::new(|_: Lsn, _: &ReplayItem<'_>| {});
         let dir = to.join(crate::recover::LOG_DIR);
         let log = CommitLog::start(disk.clone(), runtime, dir, options, end, sink).await?;
         let ceiling = self.state.versions.borrow().ceiling();

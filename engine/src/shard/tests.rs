@@ -11,6 +11,7 @@ use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 mod damage;
 mod full;
 mod poison;
+mod replicas;
 mod tail;
 
 const DIR: &str = "data/shard-000";

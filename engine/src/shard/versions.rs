@@ -1,11 +1,13 @@
-//! What stamps a shard's writes: clock, sequences, and the ceiling that keeps both from ever
-//! going backwards (`RELIABILITY.md` decision 1, `ALGORITHMS.md` 5.2).
+//! What stamps a shard's writes: clock, sequences, incarnations, and the ceiling that keeps the first
+//! two from ever going backwards (`RELIABILITY.md` decision 1, `ALGORITHMS.md` 5.2).
 //!
 //! Invariant: no stamp or sequence above the reserved ceiling is used before the log holds a
-//! record that says so. After a restart both begin above the ceiling, whatever was lost.
+//! record that says so. After a restart both begin above the ceiling, whatever was lost; only where
+//! the log was closed in good order nothing can have been, and sequences go on without a gap.
 
 use std::collections::VecDeque;
 
+use super::replicas::FIRST_INCARNATION;
 use crate::log::{Control, Lsn};
 use crate::model::timestamp::HybridClock;
 use crate::model::{PartitionId, RecordRef, Timestamp, Token, WallMicros};
@@ -23,8 +25,17 @@ pub(crate) struct Versions {
     pub(crate) clock: HybridClock,
     /// Last sequence issued, by partition.
     sequences: Vec<u64>,
+    /// The same when this life, or the partition's incarnation, began: those up to there that are
+    /// not seen never will be written here.
+    starts: Vec<u64>,
+    /// Under which incarnation writes are logged, by partition.
+    incarnations: Vec<u32>,
+    /// This life stamps above it.
+    floor: Timestamp,
     ceiling_stamp: Timestamp,
     ceiling_sequence: u64,
+    /// The greatest ceiling of stamps that the log is known to hold durably.
+    ceiling_durable: Timestamp,
 }
 
 impl Versions {
@@ -33,16 +44,50 @@ impl Versions {
         Versions {
             clock: HybridClock::starting_above(stamp),
             sequences: vec![sequence; 1 << partition_bits],
+            starts: vec![sequence; 1 << partition_bits],
+            incarnations: vec![FIRST_INCARNATION; 1 << partition_bits],
+            floor: stamp,
             ceiling_stamp: stamp,
             ceiling_sequence: sequence,
+            ceiling_durable: stamp,
         }
     }
 
-    /// The next sequence of a partition.
-    pub(crate) fn next_sequence(&mut self, partition: PartitionId) -> u64 {
+    /// The next sequence of a partition. It is used up by [`Versions::issue`] alone, so that a
+    /// write that the log refused leaves no gap.
+    pub(crate) fn next_sequence(&self, partition: PartitionId) -> u64 {
+        self.sequences[partition.0 as usize] + 1
+    }
+
+    /// Sequences up to this one are used up.
+    #[inline]
+    pub(crate) fn issue(&mut self, partition: PartitionId, sequence: u64) {
         let slot = &mut self.sequences[partition.0 as usize];
-        *slot += 1;
-        *slot
+        *slot = (*slot).max(sequence);
+    }
+
+    /// A partition goes on where it ended, although the ceiling is higher.
+    pub(crate) fn go_on_from(&mut self, partition: PartitionId, sequence: u64) {
+        self.sequences[partition.0 as usize] = sequence;
+        self.starts[partition.0 as usize] = sequence;
+    }
+
+    /// Up to which sequence nothing will be written any more by this origin, of what is not seen,
+    /// and a stamp below those of all later writes.
+    pub(crate) fn void_end(&self, partition: PartitionId) -> (u64, Timestamp) {
+        (self.starts[partition.0 as usize], self.floor)
+    }
+
+    /// Under which incarnation the partition's writes are logged.
+    #[inline]
+    pub(crate) fn incarnation(&self, partition: PartitionId) -> u32 {
+        self.incarnations[partition.0 as usize]
+    }
+
+    /// From now on its writes are logged under this incarnation.
+    pub(crate) fn begin(&mut self, partition: PartitionId, incarnation: u32) {
+        self.incarnations[partition.0 as usize] = incarnation;
+        self.starts[partition.0 as usize] = self.sequences[partition.0 as usize];
     }
 
     /// The last sequence issued for a partition.
@@ -57,7 +102,7 @@ impl Versions {
         stamp: Timestamp,
         sequence: u64,
         wall: WallMicros,
-    ) -> Option<Control> {
+    ) -> Option<Control<'static>> {
         if stamp <= self.ceiling_stamp && sequence <= self.ceiling_sequence {
             return None;
         }
@@ -75,11 +120,21 @@ impl Versions {
     }
 
     /// The log holds this ceiling now.
-    pub(crate) fn reserved(&mut self, ceiling: Control) {
+    pub(crate) fn reserved(&mut self, ceiling: Control<'_>) {
         if let Control::Ceiling { timestamp, sequence } = ceiling {
             self.ceiling_stamp = timestamp;
             self.ceiling_sequence = sequence;
         }
+    }
+
+    /// What was reserved is durable.
+    pub(crate) fn ceiling_is_durable(&mut self) {
+        self.ceiling_durable = self.ceiling_stamp;
+    }
+
+    /// After any crash own stamps are above this.
+    pub(crate) fn durable_ceiling(&self) -> Timestamp {
+        self.ceiling_durable
     }
 
     /// Goes on above another life's ceiling too.
@@ -87,11 +142,12 @@ impl Versions {
         let stamp = stamp.max(self.ceiling_stamp);
         let sequence = sequence.max(self.ceiling_sequence);
         let bits = self.sequences.len().ilog2();
-        *self = Versions::starting_above(stamp, sequence, bits);
+        let incarnations = std::mem::take(&mut self.incarnations);
+        *self = Versions { incarnations, ..Versions::starting_above(stamp, sequence, bits) };
     }
 
     /// The ceiling in force, to be written again before the log forgets the record that set it.
-    pub(crate) fn ceiling(&self) -> Control {
+    pub(crate) fn ceiling(&self) -> Control<'static> {
         Control::Ceiling { timestamp: self.ceiling_stamp, sequence: self.ceiling_sequence }
     }
 }
@@ -99,7 +155,9 @@ impl Versions {
 /// Writes between log and memory, and how often each token was written lately.
 #[derive(Debug)]
 pub(crate) struct Unsettled {
-    waiting: VecDeque<(Lsn, Token, Timestamp)>,
+    waiting: VecDeque<(Lsn, Token)>,
+    /// Those that this shard has stamped: in the order of their stamps.
+    own: VecDeque<(Lsn, Timestamp)>,
     /// Write counters by remixed token: equal counters mean that the token was not written.
     counters: Box<[u32; 1 << COUNTER_BITS]>,
 }
@@ -108,18 +166,26 @@ const COUNTER_BITS: u32 = 10;
 
 impl Unsettled {
     pub(crate) fn new() -> Unsettled {
-        Unsettled { waiting: VecDeque::new(), counters: Box::new([0; 1 << COUNTER_BITS]) }
+        Unsettled {
+            waiting: VecDeque::new(),
+            own: VecDeque::new(),
+            counters: Box::new([0; 1 << COUNTER_BITS]),
+        }
     }
 
-    /// Takes note of an append; forgets those that are visible.
+    /// Takes note of an append, of a record that was stamped here or not; forgets those that are
+    /// visible.
     #[inline]
-    pub(crate) fn push(&mut self, lsn: Lsn, record: &RecordRef<'_>, visible: Lsn) {
+    pub(crate) fn push(&mut self, lsn: Lsn, record: &RecordRef<'_>, is_own: bool, visible: Lsn) {
         let token = record.token;
         let counter = &mut self.counters[token.slot(COUNTER_BITS)];
         *counter = counter.wrapping_add(1);
         self.settle(visible);
         if lsn > visible {
-            self.waiting.push_back((lsn, token, record.timestamp));
+            self.waiting.push_back((lsn, token));
+            if is_own {
+                self.own.push_back((lsn, record.timestamp));
+            }
         }
     }
 
@@ -128,18 +194,21 @@ impl Unsettled {
         while self.waiting.front().is_some_and(|(oldest, ..)| *oldest <= visible) {
             self.waiting.pop_front();
         }
+        while self.own.front().is_some_and(|(oldest, _)| *oldest <= visible) {
+            self.own.pop_front();
+        }
     }
 
-    /// The stamp of the oldest write that is not visible yet.
+    /// The stamp of the oldest write of this shard's own that is not visible yet.
     #[inline]
     pub(crate) fn oldest(&mut self, visible: Lsn) -> Option<Timestamp> {
         self.settle(visible);
-        self.waiting.front().map(|(_, _, timestamp)| *timestamp)
+        self.own.front().map(|(_, timestamp)| *timestamp)
     }
 
     /// The last write of the token that may not be visible yet.
     pub(crate) fn last_of(&self, token: Token) -> Option<Lsn> {
-        self.waiting.iter().rev().find(|(_, other, _)| *other == token).map(|(lsn, ..)| *lsn)
+        self.waiting.iter().rev().find(|(_, other)| *other == token).map(|(lsn, _)| *lsn)
     }
 
     /// A number that changes with each write of the token (and of a few others).
@@ -158,6 +227,7 @@ mod tests {
         let mut versions = Versions::starting_above(Timestamp::ZERO, 0, 4);
         let stamp = versions.clock.tick(WallMicros(1000));
         let sequence = versions.next_sequence(PartitionId(3));
+        versions.issue(PartitionId(3), sequence);
         let ceiling = versions
             .ceiling_to_reserve(stamp, sequence, WallMicros(1000))
             .expect("the first write");
@@ -208,12 +278,12 @@ mod tests {
     fn unsettled_writes_are_found_until_visible() {
         let mut unsettled = Unsettled::new();
         let before = unsettled.writes_of(Token(7));
-        unsettled.push(Lsn(1), &record(7, 10), Lsn(0));
-        unsettled.push(Lsn(2), &record(9, 11), Lsn(0));
+        unsettled.push(Lsn(1), &record(7, 10), true, Lsn(0));
+        unsettled.push(Lsn(2), &record(9, 4), false, Lsn(0));
         assert_eq!(unsettled.oldest(Lsn(0)), Some(Timestamp(10)));
         assert_eq!(unsettled.last_of(Token(7)), Some(Lsn(1)));
         assert_ne!(unsettled.writes_of(Token(7)), before);
-        unsettled.push(Lsn(3), &record(9, 12), Lsn(2));
+        unsettled.push(Lsn(3), &record(9, 12), true, Lsn(2));
         assert_eq!(unsettled.oldest(Lsn(2)), Some(Timestamp(12)));
         assert_eq!(unsettled.last_of(Token(7)), None);
         assert_eq!(unsettled.last_of(Token(9)), Some(Lsn(3)));

@@ -95,10 +95,11 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     /// the write has not started.
     pub fn apply(&self, mutation: &Mutation<'_>, wall: WallMicros) -> Result<Applied> {
         debug_assert!(!Self::needs_read(mutation));
-        self.admit(mutation)?;
+        self.admit_mutation(mutation)?;
         let (timestamp, dot) = self.stamp(mutation, wall)?;
         let record = self.record_of(mutation, timestamp, dot);
-        let lsn = self.append(&record)?;
+        let lsn = self.append(&record, true)?;
+        self.issue(mutation.token, dot);
         Ok(Applied { lsn, timestamp, dot })
     }
 
@@ -107,14 +108,11 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     /// # Errors
     /// As [`Shard::apply`], and whatever the read met. State: unchanged.
     pub async fn apply_after_read(&self, mutation: &Mutation<'_>) -> Result<Outcome> {
-        self.admit(mutation)?;
+        self.admit_mutation(mutation)?;
         loop {
-            self.settle_token(mutation.token).await?;
-            let before = self.state.writes_of(mutation.token);
-            let current = self.get(mutation.token, mutation.namespace, mutation.key).await?;
-            if self.state.writes_of(mutation.token) != before {
-                continue;
-            }
+            let current =
+                self.get_settled(mutation.token, mutation.namespace, mutation.key).await?;
+            let Some(current) = current else { continue };
             // From here to the append nothing awaits, so nobody comes in between.
             let wall = self.state.runtime.wall();
             let version = current.as_ref().and_then(|record| live_version(&record.as_ref(), wall));
@@ -144,13 +142,8 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     ) -> Result<Applied> {
         let (timestamp, dot) = self.stamp(mutation, wall)?;
         let written = self.record_of(mutation, timestamp, dot);
-        let path = &self.state.dir;
-        let damaged = |error: InvalidState| Error::corrupt(path, 0, error.to_string());
-        let current = current.map(Record::as_ref);
-        let mut state = match &current {
-            Some(record) => KeyState::of_record(record).map_err(damaged)?,
-            None => KeyState::new(),
-        };
+        let base = self.base_of(mutation.token);
+        let mut state = self.state_of(current, &base)?;
         let sibling = Sibling {
             dot,
             timestamp,
@@ -170,10 +163,52 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             (None, Some(_)) => &Context::default(),
         };
         state.write(sibling, context)?;
-        state.prune(limits::VECTOR_ENTRIES_MAX, &VersionVector::new());
-        let record = state.to_record(&written);
-        let lsn = self.append(&record.as_ref())?;
+        let record = self.stored(state, &base, &written, current);
+        let lsn = self.append(&record.as_ref(), true)?;
+        self.issue(mutation.token, dot);
         Ok(Applied { lsn, timestamp, dot })
+    }
+
+    /// What of the token's partition every dot up to there has been merged here.
+    pub(super) fn base_of(&self, token: Token) -> VersionVector {
+        let memory = self.state.memory.borrow();
+        let replicas = memory.replicas();
+        replicas.of(replicas.partition(token)).seen.base()
+    }
+
+    /// The key's state as it is here, filled.
+    pub(super) fn state_of<'a>(
+        &self,
+        current: Option<&'a Record>,
+        base: &VersionVector,
+    ) -> Result<KeyState<'a>> {
+        let path = &self.state.dir;
+        let damaged = |error: InvalidState| Error::corrupt(path, 0, error.to_string());
+        let mut state = match current {
+            Some(record) => KeyState::of_borrowed(record).map_err(damaged)?,
+            None => KeyState::new(),
+        };
+        state.fill(base);
+        Ok(state)
+    }
+
+    /// The record of a state to be stored, stripped. It supersedes what it was made from: its
+    /// version is not less, though it may hold older siblings only.
+    pub(super) fn stored(
+        &self,
+        mut state: KeyState<'_>,
+        base: &VersionVector,
+        like: &RecordRef<'_>,
+        current: Option<&Record>,
+    ) -> Record {
+        state.prune(limits::VECTOR_ENTRIES_MAX, base);
+        state.strip(base);
+        let mut record = state.to_record(like);
+        if let Some(current) = current {
+            let newest = record.as_ref().version().max(current.as_ref().version());
+            (record.timestamp, record.dot) = newest;
+        }
+        record
     }
 
     /// The greatest sequence that an origin is known to have issued for the token's partition;
@@ -185,13 +220,13 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         own.then(|| self.state.versions.borrow().last_sequence(partition))
     }
 
-    /// Every write at or below this stamp that will ever be is visible now.
+    /// Every write stamped by this shard at or below this stamp that will ever be is visible now.
     #[must_use]
     pub fn complete_up_to(&self, wall: WallMicros) -> Timestamp {
         let visible = self.state.log.visible();
         match self.state.unsettled.borrow_mut().oldest(visible) {
             Some(oldest) => Timestamp(oldest.0 - 1),
-            None => Timestamp::new(wall, 0),
+            None => Timestamp(Timestamp::new(wall, 0).0.saturating_sub(1)),
         }
     }
 
@@ -206,34 +241,38 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 
     /// Refuses what cannot be written, before anything is done.
-    fn admit(&self, mutation: &Mutation<'_>) -> Result<()> {
-        let options = &self.state.options;
-        if mutation.key.is_empty() || mutation.key.len() > limits::KEY_SIZE_MAX {
+    fn admit_mutation(&self, mutation: &Mutation<'_>) -> Result<()> {
+        let size = mutation.value.map_or(0, <[u8]>::len);
+        let size_max = self.state.options.value_size_max;
+        if size > size_max {
+            return Err(Error::Invalid {
+                what: format!(
+                    "a value has at most {size_max} bytes (`value-size-max`), this one has {size}",
+                ),
+            });
+        }
+        self.admit(mutation.key, size, mutation.value.is_some())
+    }
+
+    /// The same for a record from anywhere, whose value is `size` bytes long.
+    pub(super) fn admit(&self, key: &[u8], size: usize, is_put: bool) -> Result<()> {
+        if key.is_empty() || key.len() > limits::KEY_SIZE_MAX {
             return Err(Error::Invalid {
                 what: format!(
                     "a key has 1 to {} bytes, this one has {}",
                     limits::KEY_SIZE_MAX,
-                    mutation.key.len()
-                ),
-            });
-        }
-        let size = mutation.value.map_or(0, <[u8]>::len);
-        if size > options.value_size_max {
-            return Err(Error::Invalid {
-                what: format!(
-                    "a value has at most {} bytes (`value-size-max`), this one has {size}",
-                    options.value_size_max
+                    key.len()
                 ),
             });
         }
         let memory = self.state.memory.borrow();
-        if !self.fits_memory(&memory, mutation.key.len() + size) {
+        if !self.fits_memory(&memory, key.len() + size) {
             return Err(self.memory_refusal());
         }
         drop(memory);
         match self.state.space.level() {
             SpaceLevel::Reserve => Err(self.state.space.refusal()),
-            SpaceLevel::RefuseData if mutation.value.is_some() => Err(self.state.space.refusal()),
+            SpaceLevel::RefuseData if is_put => Err(self.state.space.refusal()),
             _ => Ok(()),
         }
     }
@@ -265,7 +304,8 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
-    /// The stamp and dot of a new write; reserves a new ceiling in the log when it must.
+    /// The stamp and dot of a new write; reserves a new ceiling in the log when it must. The dot is
+    /// used up by [`Shard::issue`], when the log has taken the write.
     fn stamp(&self, mutation: &Mutation<'_>, wall: WallMicros) -> Result<(Timestamp, Dot)> {
         let mut versions = self.state.versions.borrow_mut();
         if let Some(context) = mutation.context {
@@ -282,6 +322,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             versions.reserved(ceiling);
         }
         Ok((timestamp, Dot { origin: self.state.identity.node, sequence }))
+    }
+
+    /// Uses up a dot of this shard's own.
+    pub(super) fn issue(&self, token: Token, dot: Dot) {
+        let partition = token.partition(self.state.identity.partition_bits);
+        self.state.versions.borrow_mut().issue(partition, dot.sequence);
     }
 
     /// The record that a mutation becomes under this stamp.
@@ -304,23 +350,33 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
-    fn append(&self, record: &RecordRef<'_>) -> Result<Lsn> {
+    /// Gives a record its place in the log; `is_own` if it was stamped here.
+    pub(super) fn append(&self, record: &RecordRef<'_>, is_own: bool) -> Result<Lsn> {
         let lsn = self.state.log.append(record)?;
-        self.state.unsettled.borrow_mut().push(lsn, record, self.state.log.visible());
+        self.state.unsettled.borrow_mut().push(lsn, record, is_own, self.state.log.visible());
         Ok(lsn)
     }
 
-    /// Waits until no write of the token is between log and memory.
-    async fn settle_token(&self, token: Token) -> Result<()> {
+    /// The record of a key when no write of it is between log and memory: until the caller awaits
+    /// again, it is what a write must be built on. The outer `None`: it changed; ask again.
+    pub(super) async fn get_settled(
+        &self,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Result<Option<Option<Record>>> {
+        let state = &*self.state;
         loop {
-            let last = self.state.unsettled.borrow().last_of(token);
+            let last = state.unsettled.borrow().last_of(token).max(Some(state.dropped_at.get()));
             match last {
-                Some(lsn) if lsn > self.state.log.visible() => {
-                    self.state.log.wait_visible(lsn).await?
-                }
-                _ => return Ok(()),
+                Some(lsn) if lsn > state.log.visible() => state.log.wait_visible(lsn).await?,
+                _ => break,
             }
         }
+        let before = (state.writes_of(token), state.dropped_at.get());
+        let current = self.get(token, namespace, key).await?;
+        let after = (state.writes_of(token), state.dropped_at.get());
+        Ok((before == after).then_some(current))
     }
 }
 

@@ -171,9 +171,15 @@ impl TokenIndex {
     /// The block that begins at this offset, if one does.
     #[must_use]
     pub fn handle_at(&self, offset: u64) -> Option<BlockHandle> {
+        self.block_at(offset).map(|block| self.handle(block))
+    }
+
+    /// Position of the block that begins at this offset.
+    #[must_use]
+    pub fn block_at(&self, offset: u64) -> Option<usize> {
         let unit = u32::try_from(offset / BLOCK_UNIT as u64).ok()?;
         let block = self.blocks().binary_search_by_key(&unit, |entry| entry.unit).ok()?;
-        Some(self.handle(block)).filter(|handle| handle.offset == offset)
+        (block < self.block_count() && self.handle(block).offset == offset).then_some(block)
     }
 
     /// Positions of the blocks that may hold a token of the range.

@@ -4,12 +4,12 @@
 //! replaying the edits of a manifest gives the same set, file for file. A flush is one edit (a
 //! table in, the log released); so is a compaction step (tables in, tables and ranges out).
 //!
-//! # Format, version 1 (little-endian)
+//! # Format, version 2 (little-endian); version 1 ends before the facts
 //!
 //! | offset | size | field        | meaning                                                  |
 //! |--------|------|--------------|----------------------------------------------------------|
 //! | 0      | 4    | checksum     | CRC32C of all that follows                               |
-//! | 4      | 2    | version      | 1                                                        |
+//! | 4      | 2    | version      | 2                                                        |
 //! | 6      | 2    | flags        | 1: `hand` counts; 2: `released` counts; 4: a whole state |
 //! | 8      | 8    | released     | LSN up to which the log's records are in tables          |
 //! | 16     | 8    | hand         | token where the next compaction step starts              |
@@ -20,13 +20,15 @@
 //! |        |      | removed      | table id, 8 bytes each                                   |
 //! |        |      | consumed     | table id, first, last token, bytes: 32 bytes each        |
 //! |        |      | shared       | table id, 8 bytes each                                   |
+//! |        |      | facts        | what is not about live tables, [`Facts`]                 |
 
+use super::facts::Facts;
 use crate::log::Lsn;
 use crate::model::{Timestamp, Token, TokenRange};
 use crate::sstable::TableId;
 
 /// Version of the encoding.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER_SIZE: usize = 56;
 const ADDED_SIZE: usize = 88;
 const CONSUMED_SIZE: usize = 32;
@@ -113,6 +115,8 @@ pub struct TableSetEdit {
     pub next_table: u64,
     /// Raises the order of the next flush.
     pub next_order: u64,
+    /// What it says beside that.
+    pub facts: Facts,
 }
 
 impl TableSetEdit {
@@ -145,6 +149,7 @@ impl TableSetEdit {
             put(&mut out, part.bytes);
         }
         self.shared.iter().for_each(|id| put(&mut out, id.0));
+        self.facts.encode(&mut out);
         let checksum = crc32c::crc32c(&out[4..]);
         out[..4].copy_from_slice(&checksum.to_le_bytes());
         out
@@ -168,8 +173,8 @@ impl TableSetEdit {
             return Err(format!("edit checksum {stored:08x}, computed {computed:08x}"));
         }
         let version = reader.u16();
-        if version != VERSION {
-            return Err(format!("edit version {version}, this program reads {VERSION}"));
+        if version == 0 || version > VERSION {
+            return Err(format!("edit version {version}, this program reads 1 to {VERSION}"));
         }
         let flags = reader.u16();
         if flags & !(FLAG_HAND | FLAG_RELEASED | FLAG_WHOLE) != 0 {
@@ -181,12 +186,18 @@ impl TableSetEdit {
             std::array::from_fn(|_| usize::try_from(reader.u32()).expect("64-bit host"));
         let sizes = [ADDED_SIZE, 8, CONSUMED_SIZE, 8];
         let expected: usize = counts.iter().zip(sizes).map(|(count, size)| count * size).sum();
-        if reader.bytes.len() != expected {
+        let Some((tables, facts)) = reader.bytes.split_at_checked(expected) else {
             return Err(format!(
                 "edit counts {counts:?} need {expected} bytes, {} follow",
                 reader.bytes.len()
             ));
-        }
+        };
+        let facts = match version {
+            1 if facts.is_empty() => Facts::default(),
+            1 => return Err(format!("{} bytes follow the edit", facts.len())),
+            _ => Facts::decode(facts)?,
+        };
+        reader.bytes = tables;
         Ok(TableSetEdit {
             whole: flags & FLAG_WHOLE != 0,
             added: (0..counts[0]).map(|_| decode_added(&mut reader)).collect::<Result<_, _>>()?,
@@ -202,6 +213,7 @@ impl TableSetEdit {
             hand: (flags & FLAG_HAND != 0).then_some(Token(hand)),
             next_table,
             next_order,
+            facts,
         })
     }
 }
@@ -303,8 +315,11 @@ impl Reader<'_> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::super::facts::{Lost, Replica};
     use super::*;
+    use crate::model::{Dot, OriginId, PartitionId, SeenSet};
     use proptest::prelude::*;
+    use std::rc::Rc;
 
     fn range() -> impl Strategy<Value = TokenRange> {
         (any::<u64>(), any::<u64>())
@@ -333,6 +348,37 @@ pub(crate) mod tests {
         )
     }
 
+    fn facts() -> impl Strategy<Value = Facts> {
+        let lost = (any::<u64>(), range(), any::<u64>()).prop_map(|(id, range, stamp)| Lost {
+            table: TableId(id),
+            range,
+            max_timestamp: Timestamp(stamp),
+        });
+        let voided = (any::<u64>().prop_map(TableId), any::<u64>());
+        let seen = prop::collection::vec((0u32..4, 1u64..30), 0..10).prop_map(|dots| {
+            let mut seen = SeenSet::new();
+            for (origin, sequence) in dots {
+                let dot = Dot { origin: OriginId(origin), sequence };
+                seen.see(dot, Timestamp(sequence));
+            }
+            Rc::new(seen)
+        });
+        let replica = (any::<u32>().prop_map(PartitionId), any::<u32>(), seen)
+            .prop_map(|(id, incarnation, seen)| (id, Replica { incarnation, seen }));
+        (
+            any::<u64>().prop_map(Lsn),
+            prop::option::of(prop::collection::vec(lost, 0..4)),
+            prop::option::of(prop::collection::vec(voided, 0..4)),
+            prop::collection::vec(replica, 0..4),
+        )
+            .prop_map(|(logged, lost, voided, replicas)| Facts {
+                logged,
+                lost,
+                voided,
+                replicas,
+            })
+    }
+
     pub(crate) fn edit() -> impl Strategy<Value = TableSetEdit> {
         let ids = || prop::collection::vec(any::<u64>().prop_map(TableId), 0..5);
         let consumed = (any::<u64>(), range(), any::<u64>())
@@ -344,17 +390,21 @@ pub(crate) mod tests {
             prop::collection::vec(consumed, 0..5),
             prop::option::of(any::<u64>().prop_map(Lsn)),
             prop::option::of(any::<u64>().prop_map(Token)),
+            facts(),
         )
-            .prop_map(|(scalars, added, ids, consumed, released, hand)| TableSetEdit {
-                whole: scalars.0,
-                added,
-                removed: ids.0,
-                consumed,
-                shared: ids.1,
-                released,
-                hand,
-                next_table: scalars.1,
-                next_order: scalars.2,
+            .prop_map(|(scalars, added, ids, consumed, released, hand, facts)| {
+                TableSetEdit {
+                    whole: scalars.0,
+                    added,
+                    removed: ids.0,
+                    consumed,
+                    shared: ids.1,
+                    released,
+                    hand,
+                    next_table: scalars.1,
+                    next_order: scalars.2,
+                    facts,
+                }
             })
     }
 
@@ -362,6 +412,19 @@ pub(crate) mod tests {
         #[test]
         fn an_edit_reads_back_as_written(edit in edit()) {
             prop_assert_eq!(TableSetEdit::decode(&edit.encode()), Ok(edit));
+        }
+
+        #[test]
+        fn an_edit_of_version_1_is_read(edit in edit()) {
+            let edit = TableSetEdit { facts: Facts::default(), ..edit };
+            let mut bytes = edit.encode();
+            let mut facts = Vec::new();
+            edit.facts.encode(&mut facts);
+            bytes.truncate(bytes.len() - facts.len());
+            bytes[4..6].copy_from_slice(&1u16.to_le_bytes());
+            let checksum = crc32c::crc32c(&bytes[4..]);
+            bytes[..4].copy_from_slice(&checksum.to_le_bytes());
+            prop_assert_eq!(TableSetEdit::decode(&bytes), Ok(edit));
         }
 
         #[test]

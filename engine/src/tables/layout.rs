@@ -7,14 +7,15 @@
 //! (`TableSet`) all work on this one description.
 
 use std::cell::OnceCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use super::arcs::Arcs;
 use super::edit::{AddedTable, Consumed, Level, TableSetEdit, TableSummary};
+use super::facts::{Facts, Lost, Replica};
 use super::ranges::Ranges;
 use crate::log::Lsn;
-use crate::model::{Token, TokenRange};
+use crate::model::{PartitionId, Token, TokenRange};
 use crate::sstable::TableId;
 
 /// One live table.
@@ -99,13 +100,26 @@ pub struct Layout {
     pub next_table: u64,
     /// No upper table has this order or a greater one.
     pub next_order: u64,
+    /// Records of the log up to here were durable once.
+    pub logged: Lsn,
+    /// What is lost of tables that were put aside.
+    pub lost: Vec<Lost>,
+    /// Blocks of live tables, by offset, that cannot be read and are missed no more.
+    pub voided: BTreeSet<(TableId, u64)>,
+    /// Partitions that have seen something or were dropped, as of `released`.
+    pub replicas: Rc<BTreeMap<PartitionId, Replica>>,
 }
 
 impl PartialEq for Layout {
     fn eq(&self, other: &Layout) -> bool {
         let key =
             |layout: &Layout| (layout.released, layout.hand, layout.next_table, layout.next_order);
-        self.upper == other.upper && self.last == other.last && key(self) == key(other)
+        self.upper == other.upper
+            && self.last == other.last
+            && key(self) == key(other)
+            && (self.logged, &self.lost) == (other.logged, &other.lost)
+            && self.voided == other.voided
+            && self.replicas == other.replicas
     }
 }
 
@@ -204,6 +218,7 @@ impl Layout {
         next.hand = edit.hand.unwrap_or(next.hand);
         next.next_table = next.next_table.max(edit.next_table);
         next.next_order = next.next_order.max(edit.next_order);
+        next.learn(&edit.facts);
         Ok(next)
     }
 
@@ -224,6 +239,30 @@ impl Layout {
             hand: Some(self.hand),
             next_table: self.next_table,
             next_order: self.next_order,
+            facts: Facts {
+                logged: self.logged,
+                lost: Some(self.lost.clone()),
+                voided: Some(self.voided.iter().copied().collect()),
+                replicas: self.replicas.iter().map(|(id, it)| (*id, it.clone())).collect(),
+            },
+        }
+    }
+
+    fn learn(&mut self, facts: &Facts) {
+        self.logged = self.logged.max(facts.logged);
+        if let Some(lost) = &facts.lost {
+            self.lost.clone_from(lost);
+        }
+        if let Some(voided) = &facts.voided {
+            self.voided = voided.iter().copied().collect();
+        }
+        if !self.voided.is_empty() {
+            let live: BTreeSet<TableId> = self.entries().map(|entry| entry.id()).collect();
+            self.voided.retain(|(table, _)| live.contains(table));
+        }
+        if !facts.replicas.is_empty() {
+            let replicas = Rc::make_mut(&mut self.replicas);
+            replicas.extend(facts.replicas.iter().cloned());
         }
     }
 
@@ -375,10 +414,21 @@ pub(crate) mod tests {
                 hand: Some(Token(50)),
                 next_table: 9,
                 next_order: 4,
+                facts: Facts {
+                    logged: Lsn(99),
+                    lost: Some(vec![Lost {
+                        table: TableId(7),
+                        range: TokenRange::FULL,
+                        max_timestamp: Timestamp(3),
+                    }]),
+                    voided: Some(vec![(TableId(1), 4096), (TableId(8), 0)]),
+                    replicas: vec![(PartitionId(3), Replica::default())],
+                },
                 ..TableSetEdit::default()
             })
             .unwrap();
         assert_eq!(layout.upper()[0].live_bytes, 85);
+        assert_eq!(layout.voided, BTreeSet::from([(TableId(1), 4096)]), "only of live tables");
         assert_eq!(Layout::default().apply(&layout.to_edit()), Ok(layout));
     }
 }

@@ -18,6 +18,7 @@
 
 pub mod arcs;
 pub mod edit;
+pub mod facts;
 pub mod layout;
 pub mod manifest;
 pub mod ranges;
@@ -25,8 +26,9 @@ pub mod set;
 pub mod store;
 
 pub use edit::{AddedTable, Consumed, Level, TableSetEdit, TableSummary};
+pub use facts::{Facts, Lost, Replica};
 pub use layout::{Entry, Layout, LayoutStats};
 pub use manifest::{Manifest, Owner};
 pub use ranges::Ranges;
 pub use set::{Candidate, Candidates, LiveTable, TableSet};
-pub use store::Tables;
+pub use store::{Tables, quarantine_name};

@@ -15,12 +15,14 @@ use futures_util::StreamExt;
 use futures_util::lock::Mutex;
 
 use super::edit::{Consumed, TableSetEdit};
+use super::facts::{Facts, Lost};
 use super::layout::Layout;
 use super::manifest::{Manifest, Owner};
 use super::ranges::Ranges;
 use super::set::{LiveTable, TableSet};
 use crate::disk::{Disk, File, OpenMode};
 use crate::error::{Error, Result};
+use crate::log::Lsn;
 use crate::model::{Token, TokenRange};
 use crate::sstable::{Table, TableId, TableIdentity, file_salt};
 
@@ -28,6 +30,8 @@ use crate::sstable::{Table, TableId, TableIdentity, file_salt};
 pub const TABLE_DIR: &str = "table";
 /// Tables opened at the same time.
 const OPENS_IN_FLIGHT: usize = 16;
+/// Ends the name of a table that was put aside.
+const QUARANTINED: &str = ".damaged";
 /// Ranges are given back in whole blocks of the file system, in bytes.
 const PUNCH_UNIT: u64 = 4096;
 
@@ -76,6 +80,12 @@ struct Inner<D: Disk> {
     retired: Cell<bool>,
 }
 
+/// The file name of a table that was put aside because it cannot be opened. It is never removed.
+#[must_use]
+pub fn quarantine_name(id: TableId) -> String {
+    format!("{}{QUARANTINED}", id.file_name())
+}
+
 /// The live tables of a shard. Clones share them.
 pub struct Tables<D: Disk> {
     inner: Rc<Inner<D>>,
@@ -106,34 +116,69 @@ impl<D: Disk> Tables<D> {
     /// Opens the set of a shard directory: replays the manifest, opens every table it names, then
     /// removes the table files that it does not name.
     ///
+    /// A table whose footer or index is damaged is put aside: it leaves the set, its file gets
+    /// another name and is kept, and the manifest says which tokens are lost with it.
+    ///
     /// # Errors
-    /// `Corrupt` when the manifest is missing or damaged, or a file that it names is missing, of
-    /// another length, or damaged. State: no table file has been removed.
+    /// `Corrupt` when the manifest is missing or damaged, or a file that it names is missing. State:
+    /// no table file has been removed.
     pub async fn open(disk: D, dir: &Path, owner: Owner) -> Result<Tables<D>> {
-        let (manifest, mut layout) = Manifest::open(disk.clone(), dir, owner).await?;
+        let (mut manifest, mut layout) = Manifest::open(disk.clone(), dir, owner).await?;
         let table_dir = dir.join(TABLE_DIR);
         let names = disk.list(&table_dir).await?;
         let ids: Vec<TableId> =
             names.iter().filter_map(|name| TableId::from_file_name(name)).collect();
+        let mut edit = TableSetEdit::default();
+        let mut lost = layout.lost.clone();
         let opened = {
             let opens = layout.entries().map(|entry| {
-                let (id, size) = (entry.id(), entry.summary.size);
+                let id = entry.id();
                 let (disk, table_dir) = (&disk, &table_dir);
-                async move { open_table(disk, table_dir, owner, id, Some(size)).await }
+                let is_there = ids.contains(&id);
+                async move {
+                    let opened = open_table(disk, table_dir, owner, id, Some(entry.summary.size));
+                    (entry, is_there, opened.await)
+                }
             });
             let mut opens = futures_util::stream::iter(opens).buffer_unordered(OPENS_IN_FLIGHT);
             let mut opened = BTreeMap::new();
-            while let Some(table) = opens.next().await {
-                let table = table?;
-                opened.insert(table.id(), table);
+            while let Some((entry, is_there, table)) = opens.next().await {
+                match table {
+                    Ok(table) => drop(opened.insert(table.id(), table)),
+                    Err(error @ Error::Corrupt { .. }) if is_there => {
+                        tracing::error!(%error, "a table cannot be opened and is put aside");
+                        edit.removed.push(entry.id());
+                        let max_timestamp = entry.summary.max_timestamp;
+                        let lose = |range| Lost { table: entry.id(), range, max_timestamp };
+                        lost.extend(entry.live.iter().map(lose));
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             opened
         };
+        if !edit.removed.is_empty() {
+            // First the edit: a file that the manifest names must be there.
+            edit.facts.lost = Some(lost);
+            layout = layout
+                .apply(&edit)
+                .map_err(|what| Error::Invalid { what: format!("table set edit: {what}") })?;
+            manifest.append(&edit, &layout).await?;
+        }
         for name in &names {
-            let orphan = TableId::from_file_name(name).is_none_or(|id| !opened.contains_key(&id));
-            if orphan {
-                tracing::info!(file = %table_dir.join(name).display(), "removing a table that no edit names");
-                disk.remove(&table_dir.join(name)).await?;
+            let id = TableId::from_file_name(name);
+            let path = table_dir.join(name);
+            match id {
+                Some(id) if opened.contains_key(&id) => {}
+                Some(id) if layout.lost.iter().any(|lost| lost.table == id) => {
+                    disk.rename(&path, &table_dir.join(quarantine_name(id))).await?;
+                    disk.sync_dir(&table_dir).await?;
+                }
+                None if name.ends_with(QUARANTINED) => {}
+                _ => {
+                    tracing::info!(file = %path.display(), "removing a table that no edit names");
+                    disk.remove(&path).await?;
+                }
             }
         }
         // An orphan's number is not used again either.
@@ -326,6 +371,18 @@ impl<D: Disk> Tables<D> {
         Ok(after)
     }
 
+    /// Makes the manifest know that the log was durable up to here.
+    ///
+    /// # Errors
+    /// Of the disk. State: as before.
+    pub async fn note_logged(&self, logged: Lsn) -> Result<()> {
+        if self.current().layout().logged >= logged {
+            return Ok(());
+        }
+        let facts = Facts { logged, ..Facts::default() };
+        self.commit(Vec::new(), |_| TableSetEdit { facts, ..TableSetEdit::default() }).await
+    }
+
     fn note_garbage(
         &self,
         before: &TableSet<D::File>,
@@ -423,7 +480,10 @@ impl<D: Disk> Tables<D> {
             inner.disk.link(&inner.dir.join(TABLE_DIR).join(&name), &table_dir.join(&name)).await?;
         }
         inner.disk.sync_dir(&table_dir).await?;
-        Manifest::create(inner.disk.clone(), to, inner.owner, set.layout()).await?;
+        let mut layout = set.layout().clone();
+        // Its log is another one.
+        layout.logged = Lsn::ZERO;
+        Manifest::create(inner.disk.clone(), to, inner.owner, &layout).await?;
         Ok(set)
     }
 

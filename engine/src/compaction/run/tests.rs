@@ -11,8 +11,9 @@ use crate::options::CompactionOptions;
 use crate::sim::{
     Chance, Fault, Op, Rule, SimDisk, SimDiskOptions, SimExecutor, SimFile, SimRuntime,
 };
+use crate::tables::facts::Lost;
 use crate::tables::manifest::Owner;
-use crate::tables::store::TABLE_DIR;
+use crate::tables::store::{TABLE_DIR, quarantine_name};
 use proptest::prelude::*;
 
 const OWNER: Owner = Owner { cluster: 11, shard: 0 };
@@ -134,11 +135,12 @@ impl World {
             table_size: 24 << 10,
             order: tables.next_order(),
             released: Lsn(self.stamp),
+            replicas: crate::shard::Replicas::new(4, &BTreeMap::new()),
         };
         let iter = records.iter().map(Record::as_ref);
         let runtime = self.executor.runtime();
         let done = flush(&tables, &runtime, &PurgeAll, iter, options, &self.stop).await?;
-        done.expect("not stopped").commit(&tables).await?;
+        done.expect("not stopped").commit(&tables, Lsn(0)).await?;
         self.flushed.push(next);
         Ok(())
     }
@@ -460,7 +462,7 @@ fn a_damaged_run_does_not_keep_the_others_from_being_merged() {
 }
 
 #[test]
-fn open_removes_what_no_edit_names_and_refuses_what_is_missing() {
+fn open_removes_what_no_edit_names_refuses_what_is_missing_and_puts_aside_what_is_damaged() {
     let mut world = World::new(31);
     world.write_and_flush(50);
     world.write_and_flush(50);
@@ -471,18 +473,29 @@ fn open_removes_what_no_edit_names_and_refuses_what_is_missing() {
     // Its number is not used again.
     assert!(world.tables().next_table_id() > TableId(77));
 
-    let victim = world.tables().current().upper()[0].id();
+    let summary = world.tables().current().upper()[0].entry().summary;
+    let victim = summary.id;
     let path = world.tables().identity(victim).path;
     let bytes = world.disk.read_file(&path).unwrap();
     world.disk.write_file(&orphan, &[1; 512]);
-    world.disk.truncate(&path, bytes.len() as u64 - 512);
-    let error = world.open().unwrap_err();
-    assert!(error.to_string().contains("the manifest says"), "{error}");
     world.disk.remove_file(&path);
     let error = world.open().unwrap_err();
     assert!(error.to_string().contains("it is missing"), "{error}");
     // Nothing was removed while something is wrong.
     assert!(world.disk.read_file(&orphan).is_some());
+
+    world.disk.write_file(&path, &bytes[..bytes.len() - 512]);
+    for _ in 0..2 {
+        world.open().unwrap();
+        let set = world.tables().current();
+        assert!(set.table(victim).is_none());
+        let max_timestamp = summary.max_timestamp;
+        let lost = Lost { table: victim, range: summary.span, max_timestamp };
+        assert_eq!(set.layout().lost, [lost]);
+        let aside = path.with_file_name(quarantine_name(victim));
+        assert_eq!(world.disk.read_file(&aside).unwrap().len(), bytes.len() - 512);
+        assert!(world.disk.read_file(&path).is_none());
+    }
 }
 
 #[test]
@@ -545,7 +558,7 @@ fn expired_records_and_dropped_incarnations_leave_with_the_hand() {
         fn is_dropped(&self, record: &RecordRef<'_>) -> bool {
             record.namespace == NamespaceId(1)
         }
-        fn is_purgeable(&self, record: &RecordRef<'_>) -> bool {
+        fn is_purgeable(&self, record: &RecordRef<'_>, _: Lsn) -> bool {
             record.expiry_ms != 2
         }
     }

@@ -27,7 +27,7 @@ impl Model {
         lsn
     }
 
-    fn append_control(&self, log: &Log, control: Control) -> Lsn {
+    fn append_control(&self, log: &Log, control: Control<'static>) -> Lsn {
         let lsn = log.append_control(control).unwrap();
         self.appended.borrow_mut().insert(lsn.0, Seen::Control(control));
         lsn

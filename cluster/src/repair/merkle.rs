@@ -266,23 +266,30 @@ impl MerkleTree {
         self.dirty_count
     }
 
-    /// The first dirty leaf of a node, or the one that the node lies in, if it is dirty.
+    /// The first dirty leaf of a node at or behind leaf `from`, else before it. Of a node below
+    /// the leaves, the one that it lies in, if it is dirty.
     #[must_use]
-    pub fn first_dirty(&self, node: Node) -> Option<Node> {
-        let mut leaves = if self.dirty_count == 0 { 0..0 } else { self.leaves_of(node) };
-        let index = leaves.find(|leaf| self.leaves[*leaf as usize].is_dirty)?;
+    pub fn first_dirty(&self, node: Node, from: u32) -> Option<Node> {
+        let leaves = if self.dirty_count == 0 { 0..0 } else { self.leaves_of(node) };
+        let from = from.clamp(leaves.start, leaves.end);
+        let mut turn = (from..leaves.end).chain(leaves.start..from);
+        let index = turn.find(|leaf| self.leaves[*leaf as usize].is_dirty)?;
         Some(Node { level: self.leaf_bits, index })
+    }
+
+    /// The dirty leaves of a node.
+    pub fn dirty_leaves(&self, node: Node) -> impl Iterator<Item = Node> {
+        let leaves = if self.dirty_count == 0 { 0..0 } else { self.leaves_of(node) };
+        let dirty = leaves.filter(|leaf| self.leaves[*leaf as usize].is_dirty);
+        dirty.map(|index| Node { level: self.leaf_bits, index })
     }
 
     /// The tokens that must be read before a node answers: neighbouring leaves as one range.
     #[must_use]
     pub fn dirty_ranges(&self, node: Node) -> Vec<TokenRange> {
-        let leaves = self.leaves_of(node);
-        let first = leaves.start;
-        let slice = &self.leaves[leaves.start as usize..leaves.end as usize];
         let mut ranges: Vec<TokenRange> = Vec::new();
-        for (index, _) in (first..).zip(slice).filter(|(_, leaf)| leaf.is_dirty) {
-            let range = self.range(Node { level: self.leaf_bits, index });
+        for leaf in self.dirty_leaves(node) {
+            let range = self.range(leaf);
             match ranges.last_mut() {
                 Some(last) if last.last.0.checked_add(1) == Some(range.first.0) => {
                     last.last = range.last;

@@ -113,7 +113,7 @@ fn a_write_over_an_unknown_version_makes_its_leaf_dirty_until_it_is_read() {
         tree.dirty_ranges(Node::ROOT),
         [TokenRange { first: Token(0), last: Token(u64::MAX / 2) }]
     );
-    assert_eq!(tree.first_dirty(Node::ROOT), Some(Node { level: 1, index: 0 }));
+    assert_eq!(tree.first_dirty(Node::ROOT, 1), Some(Node { level: 1, index: 0 }));
     assert_eq!(tree.recompute(0, NOW, [records[0].as_ref()]), Finished::Cleaned);
     assert_eq!(tree.sum(Node::ROOT, NOW), Ok(before));
     assert_eq!((tree.dirty_count(), tree.dirty_ranges(Node::ROOT)), (0, vec![]));

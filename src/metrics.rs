@@ -112,6 +112,20 @@ numbers! {
     write_delay_nanos;
     /// Times the shard's loop ran.
     turns;
+    /// Messages sent to shards of other nodes.
+    peer_messages_sent;
+    /// Messages to shards of other nodes that no link took: it was down, or too much waited.
+    peer_messages_refused;
+    /// Messages received from shards of other nodes.
+    peer_messages_received;
+    /// Bytes received from shards of other nodes.
+    peer_received_bytes;
+    /// Links to shards of other nodes that came to stand.
+    peer_links_opened;
+    /// Links to shards of other nodes that broke, or did not come to stand.
+    peer_links_broken;
+    /// Connections between nodes that were refused or ended for a reason of the protocol's.
+    peer_refusals;
 }
 
 numbers! {
@@ -149,6 +163,12 @@ numbers! {
     ranges_unreadable;
     /// 1 when the commit log is poisoned by a failed write or sync.
     log_poisoned;
+    /// Links to shards of other nodes that stand.
+    peer_links_up;
+    /// Connections from shards of other nodes.
+    peer_connections;
+    /// Of these, those whose handshake is not done.
+    peer_connections_half_open;
 }
 
 /// A shard's numbers and latencies, added to in place by its thread.
@@ -171,6 +191,8 @@ pub struct ShardSnapshot {
     pub metrics: ShardMetrics,
     /// What there is at this moment.
     pub gauges: Gauges,
+    /// Connections between nodes that were refused or ended, by reason; empty without peers.
+    pub peer_refusals: Vec<(&'static str, u64)>,
 }
 
 /// How full the disk is, and what that means for writes.
@@ -338,6 +360,7 @@ impl NodeSnapshot {
                 line(&mut text, name, shard.shard, value);
             }
         }
+        self.peer_refusals_to_prometheus(&mut text);
         self.latencies_to_prometheus(&mut text);
         let node: [(&str, &str, &str, String); 8] = [
             (
@@ -392,6 +415,21 @@ impl NodeSnapshot {
         writeln!(text, "annulus_build_info{{version=\"{}\"}} 1", self.version)
             .expect("a string takes all");
         text
+    }
+
+    fn peer_refusals_to_prometheus(&self, text: &mut String) {
+        let name = "peer_refusals_by_reason_total";
+        if self.shards.iter().any(|shard| !shard.peer_refusals.is_empty()) {
+            let help = "Connections between nodes that were refused or ended, by reason.";
+            heading(text, name, help, "counter");
+        }
+        for shard in &self.shards {
+            for (reason, count) in &shard.peer_refusals {
+                let number = shard.shard;
+                writeln!(text, "annulus_{name}{{shard=\"{number}\",reason=\"{reason}\"}} {count}")
+                    .expect("a string takes all");
+            }
+        }
     }
 
     fn latencies_to_prometheus(&self, text: &mut String) {

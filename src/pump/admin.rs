@@ -128,8 +128,9 @@ pub(super) fn snapshot(
         pinned_bytes: stats.pinned_bytes as u64,
         ranges_unreadable: stats.ranges_unreadable as u64,
         log_poisoned: u64::from(stats.poisoned.is_some()),
+        ..Gauges::default()
     };
-    ShardSnapshot { shard, metrics, gauges }
+    ShardSnapshot { shard, metrics, gauges, peer_refusals: Vec::new() }
 }
 
 /// The disk's level as the metrics name it.

@@ -11,6 +11,7 @@
 //! answered as done after a drain began that is not durable when the process ends.
 
 mod desk;
+mod links;
 mod node;
 mod shard;
 
@@ -22,13 +23,13 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use annulus_engine::driver::{ThreadOptions, start_shard};
-use annulus_net::driver::{Mesh, listen};
+use annulus_net::driver::{Mesh, listen, listen_for_peers};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::admin::Admin;
 use crate::config::Config;
-use node::{Node, NodeFacts, State};
+use node::{Node, NodeFacts, PeerTopology, State};
 use shard::ShardStart;
 
 /// Messages that one shard may have waiting for another.
@@ -90,14 +91,23 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     check_port(config.listen)?;
     let first_listener = listen(config.listen).map_err(ServeError::new)?;
     let client = first_listener.local_addr().map_err(ServeError::new)?;
-    // Nothing is spoken there yet; the port is taken so that no other process gets it.
-    let peer_listener = TcpListener::bind(config.peer_listen)
-        .map_err(|error| ServeError::new(format!("listen on {}: {error}", config.peer_listen)))?;
-    let peer = peer_listener.local_addr().map_err(ServeError::new)?;
+    let topology = Arc::new(PeerTopology::default());
+    check_port(config.peer_listen)?;
+    let first_peer_listener = listen_for_peers(config.peer_listen).map_err(ServeError::new)?;
+    let peer = first_peer_listener.local_addr().map_err(ServeError::new)?;
+    let has_peers = !topology.peers.is_empty();
+    // Held even if there are no peers, so that no other process gets the port.
+    let mut peer_listener = Some(first_peer_listener);
     watch_signals(tell.clone())?;
 
     let node = Arc::new(Node::new(Arc::clone(&config), client));
-    let first = ShardStart { index: 0, node: Arc::clone(&node), listener: Some(first_listener) };
+    let first = ShardStart {
+        index: 0,
+        node: Arc::clone(&node),
+        listener: Some(first_listener),
+        peer_listener: peer_listener.take_if(|_| has_peers),
+        topology: Arc::clone(&topology),
+    };
     let mut threads = vec![(0, start_thread(first, &config, &tell)?)];
     let facts = loop {
         match next(&told, &mut threads) {
@@ -111,7 +121,16 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     node.set_facts(facts, Mesh::new(shards as usize, MESH_CAPACITY));
     for index in 1..shards {
         let listener = listen(client).map_err(ServeError::new)?;
-        let start = ShardStart { index, node: Arc::clone(&node), listener: Some(listener) };
+        let start = ShardStart {
+            index,
+            node: Arc::clone(&node),
+            listener: Some(listener),
+            peer_listener: match has_peers {
+                true => Some(listen_for_peers(peer).map_err(ServeError::new)?),
+                false => None,
+            },
+            topology: Arc::clone(&topology),
+        };
         threads.push((index, start_thread(start, &config, &tell)?));
     }
     let mut waiting = shards;

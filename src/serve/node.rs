@@ -14,6 +14,7 @@ use annulus_net::driver::{Detached, Mesh};
 use futures_channel::mpsc;
 use futures_channel::oneshot;
 
+use super::links::PeerAddress;
 use crate::admin::Source;
 use crate::config::Config;
 use crate::metrics::{DiskLevel, NodeSnapshot, Process, ShardSnapshot};
@@ -31,6 +32,17 @@ pub(crate) struct NodeFacts {
     pub(crate) created: WallMicros,
     pub(crate) secret: ContextSecret,
     pub(crate) disk_total: u64,
+}
+
+/// The other nodes. Empty for a node that serves alone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PeerTopology {
+    /// Of all members, for the handshake.
+    pub(crate) digest: u64,
+    /// How often this node has started.
+    pub(crate) life: u64,
+    /// Where the others are.
+    pub(crate) peers: Vec<PeerAddress>,
 }
 
 /// Where the node is in its life.

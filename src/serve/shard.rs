@@ -7,23 +7,30 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use annulus_cluster::NodeId;
+use annulus_cluster::message::MESSAGE_SIZE_MAX;
 use annulus_engine::disk::Disk;
 use annulus_engine::driver::{HostOptions, Ring, RingDisk, ShardRuntime, Turn, drive, host};
 use annulus_engine::identity::{self, Identity};
 use annulus_engine::model::causality::ContextSecret;
+use annulus_engine::model::limits::SIBLING_BYTES_MAX;
 use annulus_engine::model::{Instant, NamespaceId, OriginId, WallMicros};
 use annulus_engine::options::Compression;
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
 use annulus_net::driver::{
-    ConnId, Connections, Event, Limits as SocketLimits, Mesh, MeshPort, Sockets,
+    ConnId, Connections, Door, Event, Limits as SocketLimits, Mesh, MeshPort, Sockets,
 };
+use annulus_net::peer_connection::{PeerFacts, PeerMember, PeerOptions};
 use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
 use annulus_net::wire::hello::{self, Limits, Replica, Run, Welcome};
+use annulus_net::wire::peer::PeerRefusal;
 
 use super::Told;
 use super::desk::Desk;
-use super::node::{Ask, Inbox, Node, NodeFacts, Parcel, State};
+use super::links::{IncomingSet, LinkOptions, LinkSet, PeerAddress, PeerSockets};
+use super::node::{Ask, Inbox, Node, NodeFacts, Parcel, PeerTopology, State};
+use crate::metrics::ShardSnapshot;
 use crate::namespaces::Catalogue;
 use crate::pump::{
     ConnectionKey, Message, Peers, Pump, PumpOptions, ShardMap, Verdict, Wires, disk_level,
@@ -41,6 +48,9 @@ pub(crate) struct ShardStart {
     pub(crate) index: u32,
     pub(crate) node: Arc<Node>,
     pub(crate) listener: Option<std::net::TcpListener>,
+    /// On the peers' address; only if there are peers.
+    pub(crate) peer_listener: Option<std::net::TcpListener>,
+    pub(crate) topology: Arc<PeerTopology>,
 }
 
 /// Directory of a shard inside the data directory.
@@ -62,7 +72,7 @@ pub(crate) async fn run(
     runtime: ShardRuntime,
     tell: &mpsc::Sender<Told>,
 ) -> Result<(), String> {
-    let ShardStart { index, node, listener } = start;
+    let ShardStart { index, node, listener, peer_listener, topology } = start;
     let disk = RingDisk::new(&ring);
     let text = |error: annulus_engine::Error| error.to_string();
     // Held until the thread ends: the directory is this process's.
@@ -95,7 +105,14 @@ pub(crate) async fn run(
         connections: (budget.connections_max / facts.shard_count).max(1) as usize,
         ..SocketLimits::default()
     };
-    let sockets = Sockets::new(&ring, listener, limits).map_err(text)?;
+    let mut sockets = Sockets::new(&ring, listener, limits).map_err(text)?;
+    if let Some(listener) = peer_listener {
+        sockets.accept_from(listener, Door::Peers);
+    }
+    let peer_facts = peer_facts(&node, &facts, &topology, index);
+    let seeds = random_numbers()?;
+    let links = LinkSet::new(peer_facts.clone(), &topology.peers, LinkOptions::default(), seeds[0]);
+    let incoming = IncomingSet::new(peer_facts, seeds[1]);
     let (asks, inbox) = mpsc::channel();
     node.join(index, Inbox { asks, waker: ring.waker() });
     let map = ShardMap::new(index, facts.shard_count, facts.partition_bits);
@@ -122,6 +139,7 @@ pub(crate) async fn run(
     let mut served = Served {
         pump,
         sockets,
+        peers: PeerSockets { links, incoming },
         port: mesh.join(index as usize, ring.waker()),
         inbox,
         node: Arc::clone(&node),
@@ -389,6 +407,28 @@ fn server_facts(node: &Node, facts: &NodeFacts, index: u32, map: ShardMap) -> Se
     }
 }
 
+/// What shards of other nodes are told and asked.
+fn peer_facts(node: &Node, facts: &NodeFacts, topology: &PeerTopology, shard: u32) -> PeerFacts {
+    let member = |peer: &PeerAddress| PeerMember { node: OriginId(peer.node.0), life: 0 };
+    // A client's largest message may be forwarded; a key's siblings may be as large as two values.
+    let value_size_max = (node.config().value_size_max as usize).max(SIBLING_BYTES_MAX);
+    PeerFacts {
+        cluster: facts.cluster,
+        hash_seed: facts.hash_seed,
+        partition_bits: u8::try_from(facts.partition_bits).expect("at most 16"),
+        members_digest: topology.digest,
+        members: topology.peers.iter().map(member).collect(),
+        node: facts.node,
+        shard,
+        shard_count: facts.shard_count,
+        life: topology.life,
+        options: PeerOptions {
+            message_size_max: (2 * value_size_max + (1 << 20)).min(MESSAGE_SIZE_MAX),
+            ..PeerOptions::default()
+        },
+    }
+}
+
 /// The sockets, as the pump sees them.
 struct SocketWires<'a>(&'a mut Connections);
 
@@ -434,6 +474,7 @@ impl Peers for MeshPeers<'_> {
 struct Served {
     pump: Pump<RingDisk, ShardRuntime>,
     sockets: Sockets,
+    peers: PeerSockets,
     port: MeshPort<Parcel>,
     inbox: mpsc::Receiver<Ask>,
     node: Arc<Node>,
@@ -452,23 +493,43 @@ impl Served {
         if self.node.changes() != self.changes {
             self.look_at_changes(now);
         }
-        let (pump, port) = (&mut self.pump, &self.port);
+        let (pump, port, peers) = (&mut self.pump, &self.port, &mut self.peers);
         self.sockets.foresee(completions, |bytes| pump.foresee(bytes));
         pump.fetch_foreseen();
         let mut worked = self.sockets.turn(now, completions, |connections, event| {
-            handle(pump, port, connections, event);
+            let mut receive = |_: &mut LinkSet, from: NodeId, from_shard: u32, message: &[u8]| {
+                tracing::debug!(%from, from_shard, size = message.len(), "message from a node");
+            };
+            let mut hand_over = |shard: u32, detached| {
+                // A full mesh drops the socket, which closes it; the node dials again.
+                let _ = port.send(shard as usize, Parcel::Connection(detached));
+            };
+            let event = peers.event(now, connections, event, &mut receive, &mut hand_over);
+            if let Some(event) = event {
+                handle(pump, port, connections, event);
+            }
         });
         let connections = self.sockets.connections();
         worked |= port.drain(|_, parcel| match parcel {
             Parcel::Message(message) => pump.message(message, &mut SocketWires(connections)),
             Parcel::Connection(detached) => {
                 // At the limit the socket is dropped, which closes it.
+                let door = detached.door;
                 if let Ok(id) = connections.adopt(detached) {
-                    pump.accepted(key_of(id));
+                    match door {
+                        Door::Clients => pump.accepted(key_of(id)),
+                        Door::Peers => peers.adopted(now, id, connections),
+                    }
                 }
             }
         }) > 0;
         worked |= pump.turn(&mut SocketWires(connections), &mut MeshPeers(port));
+        if !peers.is_empty() {
+            worked |= peers.turn(now, connections);
+            for change in peers.links.take_changes() {
+                tracing::debug!(?change, "nodes");
+            }
+        }
         connections.flush();
         self.pump.end_turn();
         if now >= self.next_note {
@@ -481,7 +542,10 @@ impl Served {
         match self.drain_until {
             Some(until) if now >= until || self.pump.is_idle() => Turn::Stop,
             _ if worked => Turn::Busy,
-            _ => self.pump.next_timeout().map_or(Turn::Idle, Turn::IdleUntil),
+            _ => {
+                let timeouts = [self.pump.next_timeout(), self.peers.next_timeout()];
+                timeouts.into_iter().flatten().min().map_or(Turn::Idle, Turn::IdleUntil)
+            }
         }
     }
 
@@ -498,7 +562,7 @@ impl Served {
             match ask {
                 Ask::Snapshot(reply) => {
                     // The asker may have given up.
-                    let _ = reply.unbounded_send(self.pump.snapshot());
+                    let _ = reply.unbounded_send(self.snapshot());
                 }
                 Ask::Files(dir, reply) => self.snapshot_files(dir, reply),
             }
@@ -513,6 +577,30 @@ impl Served {
             let sleep = self.runtime.sleep_until(until);
             self.runtime.spawn(annulus_engine::runtime::Class::Foreground, sleep);
         }
+    }
+
+    /// The pump's numbers and those of the connections with other nodes.
+    fn snapshot(&self) -> ShardSnapshot {
+        let mut snapshot = self.pump.snapshot();
+        let (links, incoming) = (self.peers.links.stats(), self.peers.incoming.stats());
+        let refused = |index: usize| links.refusals[index] + incoming.refusals[index];
+        let counters = &mut snapshot.metrics.counters;
+        counters.peer_messages_sent = links.sent;
+        counters.peer_messages_refused = links.refused;
+        counters.peer_messages_received = incoming.received;
+        counters.peer_received_bytes = incoming.received_bytes;
+        counters.peer_links_opened = links.opened;
+        counters.peer_links_broken = links.broken;
+        counters.peer_refusals = (0..PeerRefusal::COUNT).map(refused).sum();
+        snapshot.gauges.peer_links_up = links.up as u64;
+        snapshot.gauges.peer_connections = incoming.open as u64;
+        snapshot.gauges.peer_connections_half_open = incoming.half_open as u64;
+        if !self.peers.is_empty() {
+            let named = PeerRefusal::ALL.iter().enumerate();
+            snapshot.peer_refusals =
+                named.map(|(index, refusal)| (refusal.label(), refused(index))).collect();
+        }
+        snapshot
     }
 
     fn snapshot_files(
@@ -551,7 +639,7 @@ fn handle(
                 }
             }
         }
-        // The pump asks for what is unsent by itself.
+        // The pump asks for what is unsent by itself, and dials nobody.
         Event::Drained(_) | Event::Connected(_) => {}
         Event::Closed(id, _) => pump.closed(key_of(id)),
         Event::Detached(id, detached) => {

@@ -211,7 +211,7 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         bytes_since_pressure: Cell::new(0),
         pressure_epoch: Cell::new(0),
         throttle: RefCell::new(WriteThrottle::default()),
-        read_p99_us: Cell::new(None),
+        read_times: crate::shard::ReadTimes::default(),
         watch_nanos: Cell::new(0),
         stop,
         lifecycle: Notify::default(),

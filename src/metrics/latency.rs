@@ -80,12 +80,6 @@ impl Latency {
         self.max_nanos = self.max_nanos.max(nanos);
     }
 
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        self.counts.fill(0);
-        (self.count, self.sum_nanos, self.max_nanos) = (0, 0, 0);
-    }
-
     /// Adds what another histogram has counted.
     pub fn merge(&mut self, other: &Latency) {
         for (count, more) in self.counts.iter_mut().zip(other.counts.iter()) {

@@ -474,7 +474,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 let Some(origin) = self.waiting.take(task) else { return };
                 let nanos = self.now.nanos_since(began);
                 self.metrics.borrow_mut().read_latency.record(nanos);
-                self.disk_reads.record(nanos);
                 let (wall, secret) = (self.wall, self.secret);
                 let found = match found {
                     Ok(found) => found,

@@ -53,7 +53,7 @@ pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
 pub use links::{Lane, LinkDown, Links};
 
-use crate::metrics::{Latency, ShardMetrics, ShardSnapshot};
+use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
 use revive::Revival;
@@ -179,8 +179,6 @@ pub struct Pump<D: Disk, R: Runtime> {
     metrics: Rc<RefCell<ShardMetrics>>,
     /// Gets of this turn that needed no disk.
     answered_at_once: u64,
-    /// Reads of the disk since the last look, for the pace of background work.
-    disk_reads: Latency,
     /// Time of this turn.
     now: Instant,
     wall: WallMicros,
@@ -241,7 +239,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             desk: options.desk,
             metrics: Rc::default(),
             answered_at_once: 0,
-            disk_reads: Latency::default(),
             now,
             wall,
             next_sweep: now,
@@ -434,14 +431,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    /// Tells the shard how reads of the disk fared since the last call; called a few times a
-    /// second. `sent_bytes`: of all connections, so far.
-    pub fn look_back(&mut self, sent_bytes: u64) {
+    /// Takes note of the bytes sent on all connections so far.
+    pub fn note_sent(&mut self, sent_bytes: u64) {
         self.metrics.borrow_mut().counters.sent_bytes = sent_bytes;
-        if self.disk_reads.count() > 0 {
-            self.shard.observe_read_p99(self.disk_reads.quantile_nanos(0.99) / 1000);
-            self.disk_reads.clear();
-        }
     }
 
     /// When [`Pump::turn`] must be called though nothing arrives: deadlines of what waits.

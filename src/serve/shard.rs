@@ -537,7 +537,7 @@ impl Served {
             let stats = self.pump.shard().stats();
             self.node.note_disk(stats.disk_free_bytes, disk_level(stats.space_level));
             let sent_bytes = self.sockets.connections().stats().sent_bytes;
-            self.pump.look_back(sent_bytes);
+            self.pump.note_sent(sent_bytes);
         }
         match self.drain_until {
             Some(until) if now >= until || self.pump.is_idle() => Turn::Stop,

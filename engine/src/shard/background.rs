@@ -252,8 +252,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 Err(_) => {}
             }
             self.give_log_back(&mut relieved);
-            let latency = state.read_p99_us.take();
-            state.pace.borrow_mut().observe_latency(latency);
+            state.pace.borrow_mut().observe_latency(state.read_times.take_p99_us());
             self.update_pressure();
         }
     }

@@ -16,6 +16,7 @@ mod background;
 mod memory;
 mod notify;
 mod read;
+mod read_times;
 mod reopen;
 mod replicas;
 mod replicate;
@@ -39,6 +40,7 @@ pub use write::{Applied, Condition, Merge, Mutation, Outcome};
 
 pub(crate) use memory::Memory;
 pub(crate) use notify::Notify;
+pub(crate) use read_times::ReadTimes;
 pub(crate) use replicas::{FIRST_INCARNATION, Replicas};
 pub(crate) use retention::Keep;
 pub(crate) use space::{SpaceWatch, Thresholds};
@@ -114,8 +116,8 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) bytes_since_pressure: Cell<usize>,
     pub(crate) pressure_epoch: Cell<u64>,
     pub(crate) throttle: RefCell<WriteThrottle>,
-    /// 99th percentile of point reads since the pace last looked, in microseconds.
-    pub(crate) read_p99_us: Cell<Option<u64>>,
+    /// How long point reads waited for their blocks of late.
+    pub(crate) read_times: ReadTimes,
     /// How often the disk's space is looked at, in nanoseconds; simulations slow it down.
     pub(crate) watch_nanos: Cell<u64>,
     /// Set once: all tasks end.
@@ -358,11 +360,6 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         // Nothing in its first half, then by the square.
         let late = (2 * last).saturating_sub(size) * 1000 / size;
         (late * late * (DELAY_FULL_MAX_NANOS / 1_000_000), DELAY_FULL_MAX_NANOS)
-    }
-
-    /// Tells the pace of background work what point reads took of late.
-    pub fn observe_read_p99(&self, micros: u64) {
-        self.state.read_p99_us.set(Some(micros));
     }
 
     /// Namespaces whose records go away at the next flush or compaction.

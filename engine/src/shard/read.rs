@@ -244,6 +244,7 @@ impl<F: File> PendingRead<F> {
                 let PendingRead { token, namespace, key, best, .. } = *self;
                 return Ok(Found { token, namespace, key, best });
             };
+            let asked = state.runtime.now();
             let block = match table.read_block(handle).await {
                 Ok(block) => Rc::new(block),
                 Err(error) if is_voided(state.tables.current().layout(), table.id(), &error) => {
@@ -264,6 +265,7 @@ impl<F: File> PendingRead<F> {
                 stats.blocks_read += 1;
                 stats.block_bytes_read += u64::from(handle.len);
             }
+            state.read_times.record(state.runtime.now().nanos_since(asked));
             state.cache.borrow_mut().insert(table.id(), Rc::clone(&block));
             fresh = Some((table.id(), handle.offset, block));
         }

@@ -81,6 +81,10 @@ pub(super) fn inspect_manifest<W: Write>(
             "last_tables": stats.last_tables,
             "last_bytes": stats.last_bytes,
             "released": replayed.layout.released.0,
+            "logged": replayed.layout.logged.0,
+            "partitions_seen": replayed.layout.replicas.len(),
+            "ranges_lost": replayed.layout.lost.len(),
+            "blocks_voided": replayed.layout.voided.len(),
             "next_table": replayed.layout.next_table,
         }),
     )?;

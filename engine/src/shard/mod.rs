@@ -185,6 +185,8 @@ pub struct ShardStats {
     pub compactions_failed: u64,
     /// Ranges of tables that compaction leaves alone at present, because it cannot read them.
     pub ranges_unreadable: usize,
+    /// Ranges of tokens in which records are known to be missing.
+    pub ranges_unknown: usize,
     /// Bytes that compaction has read.
     pub compaction_read_bytes: u64,
     /// Bytes that compaction has written.
@@ -401,6 +403,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             compactions: compactor.steps + compactor.tier_steps,
             compactions_failed: compactor.failed,
             ranges_unreadable: compactor.avoided,
+            ranges_unknown: self.unknown_ranges().len(),
             compaction_read_bytes: compactor.bytes_read,
             compacted_bytes: compactor.bytes_written,
             debt_bytes: tables.upper_bytes,

@@ -124,6 +124,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 
     /// Shows what a partition has seen: exactly the writes that are visible, and what was adopted.
+    /// `show` must not call the shard.
     pub fn with_seen<T>(&self, partition: PartitionId, show: impl FnOnce(&SeenSet) -> T) -> T {
         show(&self.state.memory.borrow().replicas().of(partition).seen)
     }

@@ -13,6 +13,7 @@ mod full;
 mod poison;
 mod replicas;
 mod tail;
+mod unknown;
 
 const DIR: &str = "data/shard-000";
 const NS: NamespaceId = NamespaceId(0);

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use super::*;
 use crate::model::causality::KeyState;
 use crate::model::{Context, Dot, Kind, PartitionId, SeenSet, Timestamp, VersionVector};
+use crate::options::Durability;
 use crate::sim::Chance;
 
 const BITS: u32 = 6;
@@ -453,18 +454,21 @@ fn tell(world: &World, shard: &TestShard, book: &Book, seed: u64, steps: u64) {
             }
         };
         if chance.one_in(3) {
-            world.run(shard.wait_visible(lsn)).expect("durable");
+            world.run(shard.state.log.wait_durable(lsn)).expect("durable");
             book.promised.set(lsn.0);
         }
     }
-    world.run(shard.wait_visible(shard.state.log.appended())).expect("durable");
+    world.run(shard.state.log.wait_durable(shard.state.log.appended())).expect("durable");
     book.promised.set(shard.state.log.appended().0);
 }
 
 #[test]
 fn after_a_crash_at_any_change_of_the_disk_seen_is_that_of_the_records_that_survived() {
-    for seed in 0..3 {
-        let world = replicated();
+    for seed in 0..4 {
+        let mut world = replicated();
+        if seed % 2 == 1 {
+            world.options.log.durability = Durability::Periodic { window_ms: 50 };
+        }
         let shard = world.open();
         let book = Rc::new(Book::default());
         let images = Rc::new(Cell::new(0));

@@ -213,7 +213,7 @@ impl ShardRuntime {
         }
         let due = self.next_wake_up().is_some_and(|at| at <= self.now());
         if due || inner.ring.is_ready() {
-            inner.signal.wake();
+            inner.signal.wake_here();
             let executor = glommio::executor();
             // Polled once for its effect, the mark on the running queue; its wake-up is not
             // wanted, for the task may be waiting for something else.

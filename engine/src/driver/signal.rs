@@ -139,6 +139,13 @@ impl Signal {
         self.host.register(waker);
     }
 
+    /// As [`Signal::wake`], for the shard's own thread, and also when somebody has asked before:
+    /// his write to the eventfd is seen only when the thread sleeps.
+    pub(crate) fn wake_here(&self) {
+        self.pending.store(true, Ordering::SeqCst);
+        self.wake_host();
+    }
+
     /// Wakes the host task if it is parked. On the owner's thread.
     pub(crate) fn wake_host(&self) {
         self.host.wake();

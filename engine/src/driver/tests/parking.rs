@@ -3,6 +3,8 @@
 
 #![expect(clippy::disallowed_methods, reason = "threads outside the shards wait in real time")]
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -104,4 +106,44 @@ fn a_shard_that_nobody_else_wakes_sleeps_as_often_as_it_likes() {
         turns
     });
     assert_eq!(turns, SLEEPS);
+}
+
+#[test]
+fn another_thread_gets_a_turn_of_a_shard_that_is_parked_beside_a_busy_background_task() {
+    let asked = Arc::new(AtomicBool::new(false));
+    let (tell, told) = mpsc::channel();
+    let for_shard = Arc::clone(&asked);
+    let shard = start_shard(ThreadOptions::default(), move |ring, runtime| async move {
+        tell.send(ring.waker()).unwrap();
+        let (busy, worker) = (Rc::new(Cell::new(true)), runtime.clone());
+        let still_busy = Rc::clone(&busy);
+        runtime.spawn(Class::Background, async move {
+            // It never waits for anything, and gives way after each step.
+            while still_busy.get() {
+                let end = worker.now().after_nanos(MS / 10);
+                while worker.now() < end {}
+                worker.yield_now().await;
+            }
+        });
+        let begin = runtime.now();
+        let options = HostOptions { spin_us: 0, slice_us: 200 };
+        host(&ring, &runtime, options, |now, _| {
+            let late = now.nanos_since(begin) > 20_000 * MS;
+            if late || for_shard.load(Ordering::SeqCst) { Turn::Stop } else { Turn::Idle }
+        })
+        .await
+        .unwrap();
+        busy.set(false);
+    })
+    .unwrap();
+    let waker = told.recv().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    asked.store(true, Ordering::SeqCst);
+    let since = std::time::Instant::now();
+    waker.wake();
+    while !shard.is_finished() && since.elapsed() < Duration::from_secs(2) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(shard.is_finished(), "no turn within {:?}", since.elapsed());
+    shard.join().unwrap().unwrap();
 }

@@ -217,6 +217,7 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         lifecycle: Notify::default(),
         work: Notify::default(),
         tasks_running: Cell::new(0),
+        closing: Cell::default(),
         background_error: RefCell::new(None),
     });
     let weak = Rc::downgrade(&state);

@@ -22,6 +22,9 @@ const LOOK_BYTES: usize = 16 << 10;
 /// Bytes of work after which it yields whatever the clock says.
 const SLICE_BYTES: usize = 1 << 20;
 
+/// Longest sleep before the next look whether it shall stop, in nanoseconds.
+const STOP_LOOK_NANOS: u64 = 100_000_000;
+
 /// Why background work ended before its end.
 #[derive(Debug)]
 pub(super) enum Ended {
@@ -75,7 +78,10 @@ impl<R: Runtime> Breath<R> {
         let now = self.runtime.now();
         match not_before {
             Some(at) if at > now => {
-                self.runtime.sleep_until(at).await;
+                while self.runtime.now() < at && !self.stop.get() {
+                    let look = self.runtime.now().after_nanos(STOP_LOOK_NANOS);
+                    self.runtime.sleep_until(at.min(look)).await;
+                }
                 self.slept += self.runtime.now().nanos_since(now);
             }
             _ => self.runtime.yield_now().await,

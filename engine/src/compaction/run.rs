@@ -139,7 +139,10 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         assert!(!self.running.replace(true), "one compaction step at a time");
         let result = self.plan_and_run(mode).await;
         self.running.set(false);
-        self.tables.collect_garbage().await;
+        // What is left when the shard closes is removed at the next open.
+        if !self.stop.get() {
+            self.tables.collect_garbage().await;
+        }
         result
     }
 

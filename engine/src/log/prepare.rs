@@ -34,10 +34,12 @@ pub(super) async fn prepare<D: Disk, R: Runtime>(shared: Rc<Shared<D, R>>) {
             Chore::Make { id, recycled } => {
                 let made = match &recycled {
                     Some(path) => shared.maker.recycle(path, id).await,
-                    None => shared.maker.create(id).await,
+                    None => shared.maker.create(id, &|| shared.needs_no_segment()).await,
                 };
                 match made {
                     Ok(segment) => shared.add_ready(segment, recycled.is_none()),
+                    // Given up: what is needed is looked at anew.
+                    Err(_) if shared.needs_no_segment() => {}
                     Err(error) => {
                         let nanos = shared.note_failure(&error);
                         let now = shared.runtime.now();
@@ -57,6 +59,13 @@ pub(super) async fn prepare<D: Disk, R: Runtime>(shared: Rc<Shared<D, R>>) {
 }
 
 impl<D: Disk, R: Runtime> Shared<D, R> {
+    /// Whether a segment that is being made has become needless: on a slow disk its zeros would
+    /// hold up the end.
+    fn needs_no_segment(&self) -> bool {
+        let state = self.state.borrow();
+        state.stop || state.poison.is_some() || (state.closing && !state.starved)
+    }
+
     fn next_chore(&self) -> Chore {
         let mut state = self.state.borrow_mut();
         let writer_ended = state.tasks == 1;

@@ -51,15 +51,19 @@ pub(super) struct SegmentMaker<D> {
 }
 
 impl<D: Disk> SegmentMaker<D> {
-    /// Makes a new segment of zeros.
+    /// Makes a new segment of zeros, unless `give_up` says meanwhile that nobody needs it.
     ///
     /// # Errors
-    /// What the disk says; the file is gone then, as far as the disk lets us.
-    pub(super) async fn create(&self, id: u64) -> Result<Segment<D::File>> {
+    /// `Busy` when it gave up, else what the disk says; the file is gone then, as far as the disk lets us.
+    pub(super) async fn create(
+        &self,
+        id: u64,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<Segment<D::File>> {
         let temporary = self.dir.join(temporary_name(id));
         let made = async {
             let file = self.disk.open(&temporary, OpenMode::Create).await?;
-            self.finish(id, &temporary, file, 0).await
+            self.finish(id, &temporary, file, 0, give_up).await
         }
         .await;
         self.or_remove(id, made).await
@@ -81,7 +85,7 @@ impl<D: Disk> SegmentMaker<D> {
             self.disk.sync_dir(&self.dir).await?;
             let file = self.disk.open(&temporary, OpenMode::Write).await?;
             let len = file.len().await?;
-            self.finish(id, &temporary, file, len).await
+            self.finish(id, &temporary, file, len, &never).await
         }
         .await;
         self.or_remove(id, made).await
@@ -94,6 +98,7 @@ impl<D: Disk> SegmentMaker<D> {
         temporary: &Path,
         file: D::File,
         len: u64,
+        give_up: &dyn Fn() -> bool,
     ) -> Result<Segment<D::File>> {
         let alignment = file.alignment().max(BATCH_ALIGNMENT_MIN);
         if !SEGMENT_HEADER_SIZE.is_multiple_of(alignment) {
@@ -104,7 +109,7 @@ impl<D: Disk> SegmentMaker<D> {
             });
         }
         if len < self.size {
-            zero(&file, len / ZERO_SIZE as u64 * ZERO_SIZE as u64, self.size).await?;
+            zero(&file, len / ZERO_SIZE as u64 * ZERO_SIZE as u64, self.size, give_up).await?;
         }
         let capacity = len.max(self.size);
         let Life { number, after, first } = self.life;
@@ -133,12 +138,28 @@ impl<D: Disk> SegmentMaker<D> {
     }
 }
 
+/// For segments that are needed whatever happens.
+pub(super) fn never() -> bool {
+    false
+}
+
 /// Writes zeros over `start..end` of a file and syncs them, so that later writes there change
 /// neither the file's length nor its extents: one device write a commit instead of four.
-pub(super) async fn zero<F: File>(file: &F, start: u64, end: u64) -> Result<()> {
+///
+/// # Errors
+/// `Busy` when `give_up` said so, else what the disk says.
+pub(super) async fn zero<F: File>(
+    file: &F,
+    start: u64,
+    end: u64,
+    give_up: &dyn Fn() -> bool,
+) -> Result<()> {
     let mut buf = AlignedBuf::with_capacity(ZERO_SIZE);
     let mut offset = start;
     while offset < end {
+        if give_up() {
+            return Err(Error::Busy { what: "the commit log is closing" });
+        }
         let len = usize::try_from(end - offset).unwrap_or(ZERO_SIZE).min(ZERO_SIZE);
         buf.resize(len);
         let (given_back, result) = file.write_at(offset, buf, WriteMode::Cached).await;

@@ -17,7 +17,7 @@ use futures_util::stream::FuturesOrdered;
 
 use super::Lsn;
 use super::format::{BATCH_HEADER_SIZE, BatchHeader, Records, SEGMENT_HEADER_SIZE};
-use super::segments::{Segment, zero};
+use super::segments::{Segment, never, zero};
 use super::state::{Batch, Shared, Used};
 use crate::disk::{Disk, File, WriteMode};
 use crate::error::Result;
@@ -219,7 +219,7 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
             let grown = if !self.flight.is_empty() {
                 Ok(false)
             } else {
-                match zero(&next.file, next.capacity, needed).await {
+                match zero(&next.file, next.capacity, needed, &never).await {
                     Ok(()) => Ok(true),
                     Err(error) if error.is_full() => {
                         self.shared.set_full(Some(error.to_string()));

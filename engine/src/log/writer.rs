@@ -17,7 +17,7 @@ use super::format::{
     BATCH_SIZE_CEILING, Control, ReplayItem, encode_control, encode_record, record_size,
 };
 use super::replay::ReplayEnd;
-use super::segments::{Life, SegmentMaker, make_durable, remove_temporaries};
+use super::segments::{Life, SegmentMaker, make_durable, never, remove_temporaries};
 use super::state::{Shared, State, Used};
 use super::wait::Wait;
 use super::{Lsn, prepare, task};
@@ -50,6 +50,8 @@ pub struct LogStats {
     pub device_bytes: u64,
     /// Syncs, or writes that were durable when they returned.
     pub syncs: u64,
+    /// Writes under way.
+    pub writes_in_flight: usize,
     /// Segments that hold records not yet released, the current one included.
     pub segments_live: usize,
     /// Segments ready for use.
@@ -123,7 +125,7 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         let recycled = free.pop_front();
         let first = match &recycled {
             Some(path) => maker.recycle(path, end.next_segment).await?,
-            None => maker.create(end.next_segment).await?,
+            None => maker.create(end.next_segment, &never).await?,
         };
         free.extend(newest);
         let last = end.next.0 - 1;
@@ -279,6 +281,7 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
     pub fn stats(&self) -> LogStats {
         let state = self.shared.state.borrow();
         LogStats {
+            writes_in_flight: state.used.iter().map(|used| used.writes).sum(),
             segments_live: state.used.len(),
             segments_ready: state.ready.len(),
             segments_free: state.free.len(),

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use futures_util::future::select;
 
-use super::{Shard, ShardState, SpaceLevel};
+use super::{BackgroundTask, Shard, ShardState, SpaceLevel};
 use crate::buffer::AlignedBuf;
 use crate::cache::{decode_warm_list, encode_warm_list};
 use crate::compaction::Mode;
@@ -42,19 +42,24 @@ const WARM_NAME_NEW: &str = "WARM.new";
 impl<D: Disk, R: Runtime> Shard<D, R> {
     /// Starts the shard's own tasks.
     pub(crate) fn start_tasks(&self) {
-        self.start(|shard| async move { shard.flush_loop().await });
-        self.start(|shard| async move { shard.compaction_loop().await });
-        self.start(|shard| async move { shard.watch_loop().await });
-        self.start(|shard| async move { shard.warm_up().await });
+        use BackgroundTask::{Compaction, Flush, WarmUp, Watch};
+        self.start(Flush, |shard| async move { shard.flush_loop().await });
+        self.start(Compaction, |shard| async move { shard.compaction_loop().await });
+        self.start(Watch, |shard| async move { shard.watch_loop().await });
+        self.start(WarmUp, |shard| async move { shard.warm_up().await });
     }
 
-    fn start<F: Future<Output = ()> + 'static>(&self, task: impl FnOnce(Shard<D, R>) -> F) {
+    fn start<F: Future<Output = ()> + 'static>(
+        &self,
+        name: BackgroundTask,
+        task: impl FnOnce(Shard<D, R>) -> F,
+    ) {
         let state = Rc::clone(&self.state);
-        state.tasks_running.set(state.tasks_running.get() + 1);
+        state.set_running(name, true);
         let running = task(self.clone());
         self.state.runtime.spawn(Class::Background, async move {
             running.await;
-            state.tasks_running.set(state.tasks_running.get() - 1);
+            state.set_running(name, false);
             state.lifecycle.notify();
         });
     }

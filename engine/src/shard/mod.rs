@@ -13,6 +13,7 @@
 //! any crash, and nothing refused ever appears.
 
 mod background;
+mod closing;
 mod memory;
 mod notify;
 mod read;
@@ -32,6 +33,7 @@ use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+pub use closing::{BackgroundTask, Closing, ClosingStage};
 pub use read::{Found, PendingRead, Probe};
 pub use replicate::MergedIn;
 pub use scan::ScanRequest;
@@ -126,7 +128,9 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) lifecycle: Notify,
     /// Told when a flush has brought compaction something to do.
     pub(crate) work: Notify,
-    pub(crate) tasks_running: Cell<usize>,
+    /// [`BackgroundTask::bit`]s.
+    pub(crate) tasks_running: Cell<u8>,
+    pub(crate) closing: Cell<ClosingStage>,
     /// The last failure of a background task, until it succeeds again.
     pub(crate) background_error: RefCell<Option<Error>>,
 }
@@ -299,15 +303,20 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     /// # Errors
     /// `Poisoned` or `Io` if the log could not be closed; nothing acknowledged is lost.
     pub async fn close(&self) -> Result<()> {
+        let stage = |stage| self.state.closing.set(stage);
+        stage(ClosingStage::Tasks);
         self.stop_tasks().await;
+        stage(ClosingStage::WarmList);
         if let Err(error) = self.state.save_warm_list().await {
             tracing::warn!(%error, "the list of hot blocks was not saved: the next start is cold");
         }
+        stage(ClosingStage::Log);
         self.state.log.close().await?;
         // From now on a missing end of the log is noticed.
         if let Err(error) = self.state.tables.note_logged(self.state.log.durable()).await {
             tracing::warn!(%error, "the manifest does not know where the log was closed");
         }
+        stage(ClosingStage::Closed);
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use crate::identity::Identity;
 use crate::model::{NamespaceId, OriginId, Record, Token, TokenRange, WallMicros};
 use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 
+mod closing;
 mod damage;
 mod full;
 mod poison;

@@ -9,6 +9,9 @@ use std::fmt::Write as _;
 use annulus_engine::model::{
     Dot, Instant, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token, TokenRange,
 };
+use annulus_net::peer_connection::{
+    PeerDialer, PeerFacts, PeerListener, PeerMember, PeerOptions, PeerTarget,
+};
 use annulus_net::server_connection::{
     ConnectionOptions, MemoryBudget, ServerConnection, ServerFacts,
 };
@@ -17,6 +20,7 @@ use annulus_net::wire::frame::HEADER_SIZE;
 use annulus_net::wire::hello::{
     Hello, Limits, Mode, NamespaceFact, Node, Replica, Run, VERSION, Welcome,
 };
+use annulus_net::wire::peer::{PeerHello, PeerRefusal};
 use annulus_net::wire::request::{Admin, Outgoing};
 use annulus_net::wire::response::{BatchResults, Failure, Page, ReadFacts, ValueRef, WriteFacts};
 use annulus_net::wire::scan::Scan;
@@ -236,6 +240,50 @@ fn conversation() -> BTreeMap<String, (u64, Vec<u8>)> {
     frames
 }
 
+/// A Write message. `cluster/src/message/tests.rs` holds it to the code that makes it.
+const PEER_WRITE: &str = "01080706050403020140420f0001000000cc81c539c4d8b3250500a0acb903000009\
+    0000000000000006000000000000000200000003000000040000000500000003000100\
+    6b657976616c7565";
+
+/// What two nodes say to each other, in the same form.
+fn peer_conversation() -> BTreeMap<String, (u64, Vec<u8>)> {
+    let facts = |node: u32| PeerFacts {
+        cluster: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
+        hash_seed: 7,
+        partition_bits: 12,
+        members_digest: 0x00d1_6e57,
+        members: vec![PeerMember { node: OriginId(3 - node), life: 0 }],
+        node: OriginId(node),
+        shard: 0,
+        shard_count: 2,
+        life: 4,
+        options: PeerOptions::default(),
+    };
+    let (one, two, session) = (facts(1), facts(2), 0x5e_5510);
+    let target = PeerTarget { node: OriginId(2), shard: 0, lane: 0 };
+    let (mut hello, mut welcome, mut write) = (Vec::new(), Vec::new(), Vec::new());
+    let mut dialer = PeerDialer::new(Instant(0), &one, target, &mut hello);
+    let mut listener = PeerListener::new(Instant(0), &two, session);
+    let mut messages = Vec::new();
+    let mut handler = |_: &PeerHello, message: &[u8]| messages.push(message.to_vec());
+    listener.receive(Instant(0), &hello, &two, &mut welcome, &mut handler).expect("a good hello");
+    assert!(dialer.receive(&welcome, &one, &mut write).expect("a good welcome"));
+    let digits = PEER_WRITE.as_bytes().chunks(2);
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    let message: Vec<u8> = digits.map(byte).collect();
+    dialer.message(&mut message.clone(), &mut write);
+    let mut close = Vec::new();
+    listener.receive(Instant(0), &write, &two, &mut close, &mut handler).expect("a message");
+    assert_eq!(messages, [message]);
+    listener.refuse(PeerRefusal::Replaced, &mut close);
+    let close_at = welcome.len() as u64;
+    [("hello", 0, hello), ("welcome", 0, welcome), ("write", session, write)]
+        .into_iter()
+        .chain([("close", close_at, close)])
+        .map(|(name, position, bytes)| (format!("peer-{name}"), (position, bytes)))
+        .collect()
+}
+
 /// Sixteen bytes a line, in front of them their position in the stream.
 fn dump(position: u64, bytes: &[u8]) -> String {
     let mut text = String::new();
@@ -259,7 +307,8 @@ fn readme_path() -> std::path::PathBuf {
 fn every_hex_dump_is_what_the_code_says() {
     let mut readme = std::fs::read_to_string(readme_path()).unwrap();
     let bless = std::env::var_os("ANNULUS_BLESS").is_some();
-    let frames = conversation();
+    let mut frames = conversation();
+    frames.append(&mut peer_conversation());
     for (name, (position, bytes)) in &frames {
         let fence = format!("```hex {name}\n");
         let start =
@@ -293,4 +342,13 @@ fn every_status_is_in_the_readme() {
             && cells.next().is_some_and(|cell| cell.starts_with('`') && cell == cell.to_uppercase())
     });
     assert_eq!(documented.count(), Status::ALL.len(), "a status that is none");
+}
+
+#[test]
+fn every_reason_to_refuse_a_peer_is_in_the_readme() {
+    let readme = std::fs::read_to_string(readme_path()).unwrap();
+    for refusal in PeerRefusal::ALL {
+        let row = format!("| {} | `{}` |", refusal.number(), refusal.label());
+        assert!(readme.contains(&row), "no row {row:?}");
+    }
 }

@@ -261,6 +261,18 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The bytes of a dump in `net/README.md`, header of the frame included.
+fn readme_dump(name: &str) -> Vec<u8> {
+    let readme = include_str!("../../../net/README.md");
+    let (_, dump) = readme.split_once(&format!("```hex {name}\n")).expect("a dump of it");
+    let rows = dump.lines().take_while(|row| *row != "```");
+    rows.flat_map(|row| {
+        let digits = row.split("  ").nth(1).expect("position, digits, text");
+        digits.split(' ').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect::<Vec<u8>>()
+    })
+    .collect()
+}
+
 #[test]
 fn the_bytes_of_a_write_never_change() {
     let record = record(Kind::Put, b"key", b"value");
@@ -286,6 +298,7 @@ fn the_bytes_of_a_write_never_change() {
         "76616c7565",
     ];
     assert_eq!(hex(&encoded(&write)), expected.concat());
+    assert_eq!(hex(&readme_dump("peer-write")[24..]), expected.concat(), "as specified");
 }
 
 #[test]

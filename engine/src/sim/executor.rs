@@ -5,6 +5,9 @@
 //! costs what its work costs, and the same seed gives the same order of polls.
 //!
 //! Wakers are flags that the loop scans: a shard has tens of tasks, and a flag needs no lock.
+//!
+//! Tasks belong to groups, one for each simulated shard of a cluster. A group has a wall clock of
+//! its own, can be paused, and dies alone; one alone is group 0, of [`SimExecutor::runtime`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -28,6 +31,17 @@ const RUN_NANOS_MAX: u64 = 3_600 * 1_000_000_000;
 const LOOKS_PER_POLL_MAX: u64 = 100_000;
 /// Polls after which a run that has not ended is given up.
 const RUN_POLLS_MAX: u64 = 10_000_000;
+
+/// What [`SimExecutor::step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// It polled a task of this group.
+    Polled(u32),
+    /// Every task waits; the earliest timer, if there is one.
+    Idle(Option<Instant>),
+    /// A task of this group called [`SimRuntime::halt`]: its power was cut. Nothing was polled.
+    Halted(u32),
+}
 
 /// Why [`SimExecutor::try_run`] stopped before its future was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,21 +79,31 @@ impl Flag {
 
 struct Task {
     id: u64,
+    group: u32,
     flag: Arc<Flag>,
     /// `None` while it is being polled, so that nothing is borrowed meanwhile.
     future: Option<Pin<Box<dyn Future<Output = ()>>>>,
 }
 
+/// A group of tasks.
+#[derive(Clone, Copy, Default)]
+struct Group {
+    /// Added to the wall clock, in microseconds; tests make it jump.
+    wall_offset: i64,
+    /// None of its tasks is polled; its timers fire, and are seen when it goes on.
+    paused: bool,
+}
+
 struct Shared {
     chance: RefCell<Chance>,
     now: Cell<Instant>,
-    /// Added to the wall clock, in microseconds; tests make it jump.
-    wall_offset: Cell<i64>,
+    /// By number; those never mentioned are not there.
+    groups: RefCell<Vec<Group>>,
     tasks: RefCell<Vec<Task>>,
     next_id: Cell<u64>,
     /// By deadline, then by order of registration.
     timers: RefCell<BTreeMap<(Instant, u64), Waker>>,
-    halted: Cell<bool>,
+    halted: Cell<Option<u32>>,
     polls: Cell<u64>,
     /// Looks at the clock since the last poll began.
     looks: Cell<u64>,
@@ -90,10 +114,11 @@ pub struct SimExecutor {
     runtime: SimRuntime,
 }
 
-/// A cheap handle of a [`SimExecutor`]: the simulated `Runtime`.
+/// A cheap handle of a [`SimExecutor`]: the simulated `Runtime` of one group.
 #[derive(Clone)]
 pub struct SimRuntime {
     shared: Rc<Shared>,
+    group: u32,
 }
 
 impl SimExecutor {
@@ -103,21 +128,78 @@ impl SimExecutor {
         let shared = Shared {
             chance: RefCell::new(Chance::new(seed ^ 0x5EED_0F5E_C070_0001)),
             now: Cell::new(Instant(1_000_000)),
-            wall_offset: Cell::new(0),
+            groups: RefCell::default(),
             tasks: RefCell::new(Vec::new()),
             next_id: Cell::new(0),
             timers: RefCell::new(BTreeMap::new()),
-            halted: Cell::new(false),
+            halted: Cell::new(None),
             polls: Cell::new(0),
             looks: Cell::new(0),
         };
-        SimExecutor { runtime: SimRuntime { shared: Rc::new(shared) } }
+        SimExecutor { runtime: SimRuntime { shared: Rc::new(shared), group: 0 } }
     }
 
     /// The handle that the code under test takes as its `Runtime`.
     #[must_use]
     pub fn runtime(&self) -> SimRuntime {
         self.runtime.clone()
+    }
+
+    /// The handle of a group: what it spawns belongs to the group.
+    #[must_use]
+    pub fn runtime_of(&self, group: u32) -> SimRuntime {
+        SimRuntime { shared: Rc::clone(&self.runtime.shared), group }
+    }
+
+    /// Polls one ready task, for a loop that has more to drive than tasks. Time does not jump:
+    /// see [`SimExecutor::advance_to`].
+    pub fn step(&self) -> Step {
+        let shared = &self.runtime.shared;
+        if let Some(group) = shared.halted.take() {
+            return Step::Halted(group);
+        }
+        match shared.choose(false) {
+            Choice::Task(index) => Step::Polled(shared.poll_task(index)),
+            Choice::Main | Choice::Nothing => {
+                Step::Idle(shared.timers.borrow().keys().next().map(|(deadline, _)| *deadline))
+            }
+        }
+    }
+
+    /// Lets a moment pass, as before each poll: for what a loop does between two steps.
+    pub fn pass_a_moment(&self) {
+        self.runtime.shared.pass_a_moment();
+    }
+
+    /// Moves the clocks to `then`, unless they are past it, and fires what falls due.
+    pub fn advance_to(&self, then: Instant) {
+        let shared = &self.runtime.shared;
+        shared.set_now(shared.now.get().max(then));
+    }
+
+    /// Stops polling the group's tasks, as SIGSTOP does, or goes on.
+    pub fn set_paused(&self, group: u32, paused: bool) {
+        self.runtime.shared.with_group(group, |group| group.paused = paused);
+    }
+
+    /// Drops every task of the group, as the death of its process does, and ends its pause.
+    pub fn kill_group(&self, group: u32) {
+        let shared = &self.runtime.shared;
+        self.set_paused(group, false);
+        // A task's drop may spawn or wake others: they are taken out before they are dropped.
+        loop {
+            let tasks = std::mem::take(&mut *shared.tasks.borrow_mut());
+            let (dying, living): (Vec<Task>, Vec<Task>) =
+                tasks.into_iter().partition(|task| task.group == group);
+            *shared.tasks.borrow_mut() = living;
+            if dying.is_empty() {
+                break;
+            }
+            drop(dying);
+        }
+        if shared.halted.get() == Some(group) {
+            shared.halted.set(None);
+        }
     }
 
     /// Drives `future` to its end, and all spawned tasks beside it.
@@ -143,7 +225,7 @@ impl SimExecutor {
         let give_up = shared.now.get().after_nanos(RUN_NANOS_MAX);
         let polls_max = shared.polls.get() + RUN_POLLS_MAX;
         loop {
-            if shared.halted.get() {
+            if shared.halted.get().is_some() {
                 return Err(Stopped::Halted);
             }
             if shared.now.get() > give_up || shared.polls.get() > polls_max {
@@ -159,7 +241,9 @@ impl SimExecutor {
                         return Ok(value);
                     }
                 }
-                Choice::Task(index) => shared.poll_task(index),
+                Choice::Task(index) => {
+                    shared.poll_task(index);
+                }
                 Choice::Nothing => {
                     if !shared.jump_to_next_timer() {
                         return Err(Stopped::Deadlock);
@@ -186,7 +270,7 @@ impl SimExecutor {
             }
             drop(tasks);
         }
-        shared.halted.set(false);
+        shared.halted.set(None);
     }
 
     /// Number of tasks that have not ended.
@@ -219,7 +303,10 @@ impl Shared {
     /// One of the ready tasks, each as likely as the others; the main future is one of them.
     fn choose(&self, main_ready: bool) -> Choice {
         let tasks = self.tasks.borrow();
-        let ready = tasks.iter().filter(|task| task.flag.is_set()).count();
+        let groups = self.groups.borrow();
+        let runs = |group: u32| !group_of(group, &groups).is_some_and(|group| group.paused);
+        let is_ready = |task: &&Task| task.flag.is_set() && runs(task.group);
+        let ready = tasks.iter().filter(is_ready).count();
         let candidates = ready + usize::from(main_ready);
         if candidates == 0 {
             return Choice::Nothing;
@@ -229,16 +316,17 @@ impl Shared {
             return Choice::Main;
         }
         let mut ready_indices =
-            tasks.iter().enumerate().filter(|(_, task)| task.flag.is_set()).map(|(index, _)| index);
+            tasks.iter().enumerate().filter(|(_, task)| is_ready(task)).map(|(index, _)| index);
         Choice::Task(ready_indices.nth(chosen).expect("chosen is below the count of ready tasks"))
     }
 
-    fn poll_task(&self, index: usize) {
-        let (id, flag, mut future) = {
+    /// Polls the task at this index; its group.
+    fn poll_task(&self, index: usize) -> u32 {
+        let (id, group, flag, mut future) = {
             let mut tasks = self.tasks.borrow_mut();
             let task = &mut tasks[index];
             let future = task.future.take().expect("a task is polled by one loop only");
-            (task.id, task.flag.clone(), future)
+            (task.id, task.group, task.flag.clone(), future)
         };
         flag.take();
         self.pass_a_moment();
@@ -261,6 +349,16 @@ impl Shared {
         };
         // Dropped with nothing borrowed: its drop may spawn or wake.
         drop(finished);
+        group
+    }
+
+    fn with_group<T>(&self, number: u32, change: impl FnOnce(&mut Group) -> T) -> T {
+        let index = usize::try_from(number).expect("a few groups");
+        let mut groups = self.groups.borrow_mut();
+        if groups.len() <= index {
+            groups.resize(index + 1, Group::default());
+        }
+        change(&mut groups[index])
     }
 
     fn pass_a_moment(&self) {
@@ -303,11 +401,28 @@ impl Shared {
     }
 }
 
+/// The group with this number, if it was ever mentioned.
+fn group_of(number: u32, groups: &[Group]) -> Option<&Group> {
+    groups.get(usize::try_from(number).expect("a few groups"))
+}
+
 impl SimRuntime {
-    /// Moves the wall clock by this many microseconds against the monotonic clock.
+    /// Moves the group's wall clock by this many microseconds against the monotonic clock.
     pub fn jump_wall(&self, micros: i64) {
-        let shared = &self.shared;
-        shared.wall_offset.set(shared.wall_offset.get().saturating_add(micros));
+        self.shared.with_group(self.group, |group| {
+            group.wall_offset = group.wall_offset.saturating_add(micros);
+        });
+    }
+
+    /// Sets how far the group's wall clock is from true time, in microseconds.
+    pub fn set_wall_offset(&self, micros: i64) {
+        self.shared.with_group(self.group, |group| group.wall_offset = micros);
+    }
+
+    /// True wall time, which no group knows.
+    #[must_use]
+    pub fn true_wall(&self) -> WallMicros {
+        WallMicros(WALL_START_US + self.shared.now.get().0 / 1000)
     }
 
     /// Moves both clocks forward, firing what falls due.
@@ -317,7 +432,7 @@ impl SimRuntime {
 
     /// Stops the run that is going on, as a power cut does; see [`SimExecutor::kill_tasks`].
     pub fn halt(&self) {
-        self.shared.halted.set(true);
+        self.shared.halted.set(Some(self.group));
     }
 }
 
@@ -330,8 +445,9 @@ impl Runtime for SimRuntime {
     }
 
     fn wall(&self) -> WallMicros {
-        let elapsed = WALL_START_US + self.shared.now.get().0 / 1000;
-        WallMicros(elapsed.saturating_add_signed(self.shared.wall_offset.get()))
+        let groups = self.shared.groups.borrow();
+        let offset = group_of(self.group, &groups).map_or(0, |group| group.wall_offset);
+        WallMicros(self.true_wall().0.saturating_add_signed(offset))
     }
 
     fn sleep_until(&self, deadline: Instant) -> impl Future<Output = ()> + 'static {
@@ -352,7 +468,8 @@ impl Runtime for SimRuntime {
 
     fn spawn(&self, _class: Class, task: impl Future<Output = ()> + 'static) {
         let id = self.shared.new_id();
-        let task = Task { id, flag: Flag::new(), future: Some(Box::pin(task)) };
+        let future: Pin<Box<dyn Future<Output = ()>>> = Box::pin(task);
+        let task = Task { id, group: self.group, flag: Flag::new(), future: Some(future) };
         self.shared.tasks.borrow_mut().push(task);
     }
 
@@ -478,5 +595,44 @@ mod tests {
         runtime.jump_wall(-5_000_000);
         assert_eq!(runtime.wall().0, wall.0 - 5_000_000);
         assert_eq!(runtime.now(), now);
+    }
+
+    #[test]
+    fn groups_have_their_own_clocks_pauses_and_deaths() {
+        let executor = SimExecutor::new(3);
+        let polls = Rc::new(RefCell::new([0; 3]));
+        for group in 0..3u32 {
+            let (runtime, polls) = (executor.runtime_of(group), polls.clone());
+            runtime.set_wall_offset(i64::from(group) * 1_000);
+            assert_eq!(runtime.wall().0, runtime.true_wall().0 + u64::from(group) * 1_000);
+            let handle = runtime.clone();
+            runtime.spawn(Class::Background, async move {
+                loop {
+                    polls.borrow_mut()[group as usize] += 1;
+                    handle.sleep_until(handle.now().after_nanos(1_000_000)).await;
+                }
+            });
+        }
+        let run = |millis: u64| {
+            polls.take();
+            let end = executor.runtime().now().after_nanos(millis * 1_000_000);
+            while executor.runtime().now() < end {
+                match executor.step() {
+                    Step::Polled(_) => {}
+                    Step::Idle(next) => executor.advance_to(next.unwrap_or(end).min(end)),
+                    Step::Halted(group) => panic!("group {group} halted"),
+                }
+            }
+            polls.take().map(|count| count > 0)
+        };
+        assert_eq!(run(10), [true, true, true]);
+        executor.set_paused(1, true);
+        assert_eq!(run(10), [true, false, true]);
+        executor.set_paused(1, false);
+        executor.kill_group(2);
+        assert_eq!(run(10), [true, true, false]);
+        assert_eq!(executor.task_count(), 2);
+        executor.runtime_of(1).halt();
+        assert_eq!(executor.step(), Step::Halted(1));
     }
 }

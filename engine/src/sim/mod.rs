@@ -40,7 +40,7 @@ mod file;
 mod medium;
 
 pub use disk::{SimDisk, SimDiskOptions, SimLock};
-pub use executor::{SimExecutor, SimRuntime, Stopped};
+pub use executor::{SimExecutor, SimRuntime, Step, Stopped};
 pub use fault::{Fault, Op, OpRecord, Rule};
 pub use file::SimFile;
 

@@ -10,6 +10,7 @@ pub mod faults;
 pub mod history;
 pub mod log_story;
 pub mod model;
+pub mod network;
 pub mod raw;
 pub mod reading;
 pub mod server;

@@ -40,6 +40,9 @@ pub struct Rules {
     pub wall_at_zero_us: u64,
     /// Longest time from an acknowledgement that is not durable to its sync, in nanoseconds.
     pub window_nanos: u64,
+    /// Furthest that stamps of a right node run ahead of its wall clock, in microseconds: after a
+    /// restart they begin above all that it can have used before.
+    pub ahead_us: u64,
 }
 
 impl Rules {
@@ -53,6 +56,7 @@ impl Rules {
             max_offset_us: 500_000,
             wall_at_zero_us: 1_000_000_000,
             window_nanos: 0,
+            ahead_us: 2_500_000,
         }
     }
 
@@ -246,6 +250,15 @@ pub enum Mark {
         node: u32,
         /// When.
         at: u64,
+    },
+    /// A node stood still, or its disk did, so that what had to be synced was not.
+    Stood {
+        /// Which.
+        node: u32,
+        /// Since when.
+        from: u64,
+        /// Until when.
+        until: u64,
     },
     /// A node lost its disks for ever.
     DiskLost {

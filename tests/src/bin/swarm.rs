@@ -6,7 +6,7 @@
 //! swarm --seed 1234         one seed again
 //! swarm --seconds 600       new seeds for ten minutes
 //! swarm --story log         only stories of this kind: log, model, crash,
-//!                           concurrent, faults, damage
+//!                           concurrent, faults, damage, cluster
 //! ```
 //!
 //! Invariant: a story is a function of its kind and its seed, so the printed line is all that is
@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use annulus_engine::sim::Chance;
+use annulus_tests::cluster_story::ClusterStory;
 use annulus_tests::concurrent_story;
 use annulus_tests::engine_story::{self, CrashStory};
 use annulus_tests::faults;
@@ -34,6 +35,7 @@ const KINDS: &[Kind] = &[
     ("concurrent", tell_concurrent),
     ("faults", tell_faults),
     ("damage", tell_damage),
+    ("cluster", tell_cluster),
 ];
 
 /// What is being told, for the line that a panic prints even where panics abort.
@@ -103,6 +105,12 @@ fn tell_faults(seed: u64) {
 
 fn tell_damage(seed: u64) {
     engine_story::tell_damage(seed, 8, |_| true);
+}
+
+fn tell_cluster(seed: u64) {
+    if let Err(found) = ClusterStory::draw(seed).tell() {
+        panic!("{found}");
+    }
 }
 
 /// What was asked for.

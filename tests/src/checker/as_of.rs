@@ -22,8 +22,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     for (id, event, reading) in history.readings() {
         let rules = &history.rules;
         let ahead_us = reading.as_of.wall().0.saturating_sub(rules.wall_us(event.returned));
-        // A stamp may be ahead by what nodes accept from each other, on top of their own skew.
-        if ahead_us > rules.skew_us + rules.max_offset_us {
+        if ahead_us > rules.skew_us + rules.max_offset_us + rules.ahead_us {
             let what = format!("as_of is {ahead_us} us in the future");
             found.push(violation(event, id, what));
         }

@@ -39,11 +39,24 @@ struct Losses {
 
 fn losses(history: &History, write: &Write, until: u64) -> Losses {
     let acked = write.acked.unwrap_or(u64::MAX);
-    let window_end = acked.saturating_add(history.rules.window_nanos);
+    // A node that stands still syncs nothing meanwhile.
+    let stood = |node: u32| -> u64 {
+        let times = history.marks.iter().map(|mark| match mark {
+            Mark::Stood { node: other, from, until } if *other == node => {
+                until.saturating_sub(write.invoked.max(*from))
+            }
+            _ => 0,
+        });
+        times.sum()
+    };
+    let window_end =
+        |node| acked.saturating_add(history.rules.window_nanos).saturating_add(stood(node));
     let mut losses = Losses { crashed: BTreeSet::new(), bare: BTreeSet::new() };
     for mark in &history.marks {
         match mark {
-            Mark::Crashed { node, at } if (write.invoked..=window_end.min(until)).contains(at) => {
+            Mark::Crashed { node, at }
+                if (write.invoked..=window_end(*node).min(until)).contains(at) =>
+            {
                 losses.crashed.insert(*node);
             }
             Mark::DiskLost { node, at } if (write.invoked..=until).contains(at) => {

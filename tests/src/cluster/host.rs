@@ -1,0 +1,359 @@
+//! One shard of one node: its disk, its pump, and what has arrived for it.
+//!
+//! Invariant: the pump is the one of production, and is called as the thread of a shard calls it:
+//! one turn at a time, inputs first. What a turn gives out is handed to the caller; nothing
+//! arrives anywhere within the same turn.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::path::Path;
+use std::rc::Rc;
+
+use annulus::namespaces::Catalogue;
+use annulus::pump::{
+    AdminDesk, AdminJob, ConnectionKey, Message, Pump, PumpOptions, ShardMap, Verdict, Wires as _,
+};
+use annulus_engine::Result;
+use annulus_engine::disk::Disk as _;
+use annulus_engine::identity::Identity;
+use annulus_engine::model::causality::ContextSecret;
+use annulus_engine::model::{Instant, OriginId, WallMicros};
+use annulus_engine::options::Options;
+use annulus_engine::runtime::{Class, Runtime as _};
+use annulus_engine::shard::Shard;
+use annulus_engine::sim::{Chance, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
+use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
+use annulus_net::wire::hello::{Limits, VERSION, Welcome};
+
+use super::wires::{Input, SimMesh, SimWires};
+use crate::network::{Parcel, Place};
+use crate::workload::HASH_SEED;
+
+/// Longest time from the beginning of a clean stop to its end, in nanoseconds.
+const DRAIN_NANOS: u64 = 10_000_000_000;
+/// Signs contexts on all nodes.
+pub(super) const SECRET: ContextSecret = ContextSecret([3, 4]);
+/// Id of the cluster.
+const CLUSTER: u128 = 7;
+
+type SimShard = Shard<SimDisk, SimRuntime>;
+type SimPump = Pump<SimDisk, SimRuntime>;
+/// Where a task leaves what it came to.
+type Slot<T> = Rc<RefCell<Option<T>>>;
+
+/// How far the shard is.
+enum Stage {
+    Down,
+    Opening(Slot<Result<SimShard>>),
+    Up(Box<SimPump>),
+    Draining(Box<SimPump>, Instant),
+    Closing(Slot<Result<()>>),
+}
+
+/// What happened to a host's stage.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    Opened,
+    /// With the error.
+    NotOpened(String),
+    Stopped,
+}
+
+/// What all hosts of a cluster share.
+pub(super) struct Common {
+    pub(super) shards: u32,
+    pub(super) options: Options,
+    pub(super) catalogue: Rc<Catalogue>,
+}
+
+/// What a turn gave out.
+#[derive(Default)]
+pub(super) struct TurnOutput {
+    pub(super) bytes: Vec<(ConnectionKey, Vec<u8>)>,
+    pub(super) closed: Vec<ConnectionKey>,
+    pub(super) mesh: Vec<(u32, Message)>,
+}
+
+/// One shard of one node.
+pub(super) struct Host {
+    pub(super) place: Place,
+    /// Of the executor.
+    pub(super) group: u32,
+    pub(super) runtime: SimRuntime,
+    pub(super) disk: SimDisk,
+    stage: Stage,
+    inputs: VecDeque<Input>,
+    mesh: VecDeque<Message>,
+    parcels: VecDeque<Parcel>,
+    wires: SimWires,
+    /// A turn may have something to do.
+    pub(super) dirty: bool,
+    /// When the pump wants to be called though nothing arrives.
+    pub(super) timeout: Option<Instant>,
+}
+
+struct NoDesk;
+
+impl AdminDesk for NoDesk {
+    fn begin(&self, _command: &str, _arguments: &str) -> AdminJob {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+}
+
+impl Host {
+    /// A shard on a new disk, down.
+    pub(super) fn new(place: Place, group: u32, executor: &SimExecutor, seed: u64) -> Host {
+        let runtime = executor.runtime_of(group);
+        let disk = SimDisk::new(&runtime, SimDiskOptions::seeded(seed));
+        executor.run(async {
+            disk.create_dir(Path::new("data")).await.expect("a new disk");
+            disk.sync_dir(Path::new("")).await.expect("a new disk");
+        });
+        Host {
+            place,
+            group,
+            runtime,
+            disk,
+            stage: Stage::Down,
+            inputs: VecDeque::new(),
+            mesh: VecDeque::new(),
+            parcels: VecDeque::new(),
+            wires: SimWires::default(),
+            dirty: false,
+            timeout: None,
+        }
+    }
+
+    pub(super) fn is_down(&self) -> bool {
+        matches!(self.stage, Stage::Down)
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        matches!(self.stage, Stage::Up(_))
+    }
+
+    pub(super) fn shard(&self) -> Option<SimShard> {
+        match &self.stage {
+            Stage::Up(pump) => Some(pump.shard().clone()),
+            _ => None,
+        }
+    }
+
+    /// Begins to open the shard.
+    pub(super) fn start(&mut self, common: &Common) {
+        assert!(self.is_down(), "a shard is started when it is down");
+        let slot = Slot::default();
+        let (disk, runtime) = (self.disk.clone(), self.runtime.clone());
+        let (identity, options) = (identity(self.place, common), common.options);
+        let told = Rc::clone(&slot);
+        self.runtime.spawn(Class::Foreground, async move {
+            let dir = Path::new("data").join(format!("shard-{:03}", identity.shard));
+            let opened = Shard::open(disk, runtime, &dir, &identity, options, None).await;
+            *told.borrow_mut() = Some(opened);
+        });
+        self.stage = Stage::Opening(slot);
+    }
+
+    /// Ends at once; what was under way inside is lost. Connections that it had are given back.
+    pub(super) fn end(&mut self, executor: &SimExecutor) -> Vec<ConnectionKey> {
+        self.stage = Stage::Down;
+        executor.kill_group(self.group);
+        self.inputs.clear();
+        self.mesh.clear();
+        self.parcels.clear();
+        (self.dirty, self.timeout) = (false, None);
+        std::mem::take(&mut self.wires).keys()
+    }
+
+    /// Begins a clean stop.
+    pub(super) fn drain(&mut self) {
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Down) {
+            Stage::Up(mut pump) => {
+                pump.drain(&mut self.wires);
+                Stage::Draining(pump, self.runtime.now().after_nanos(DRAIN_NANOS))
+            }
+            other => other,
+        };
+        self.dirty = true;
+    }
+
+    /// Looks whether a task of the stage has ended.
+    pub(super) fn look(&mut self, common: &Common) -> Option<Change> {
+        match &self.stage {
+            Stage::Opening(slot) => {
+                let opened = slot.borrow_mut().take()?;
+                match opened {
+                    Ok(shard) => {
+                        let options = self.pump_options(common);
+                        let pump = Pump::new(shard, self.runtime.clone(), options);
+                        self.stage = Stage::Up(Box::new(pump));
+                        self.dirty = true;
+                        Some(Change::Opened)
+                    }
+                    Err(error) => {
+                        self.stage = Stage::Down;
+                        Some(Change::NotOpened(error.to_string()))
+                    }
+                }
+            }
+            Stage::Closing(slot) => {
+                // An error of closing costs nothing acknowledged; the next start shows it.
+                let _ = slot.borrow_mut().take()?;
+                Some(Change::Stopped)
+            }
+            Stage::Down | Stage::Up(_) | Stage::Draining(..) => None,
+        }
+    }
+
+    /// One that is going down takes nothing more.
+    pub(super) fn takes_input(&self) -> bool {
+        matches!(self.stage, Stage::Up(_) | Stage::Draining(..))
+    }
+
+    pub(super) fn push_input(&mut self, input: Input) {
+        self.inputs.push_back(input);
+        self.dirty = true;
+    }
+
+    pub(super) fn push_mesh(&mut self, message: Message) {
+        self.mesh.push_back(message);
+        self.dirty = true;
+    }
+
+    pub(super) fn push_parcel(&mut self, parcel: Parcel) {
+        self.parcels.push_back(parcel);
+        self.dirty = true;
+    }
+
+    pub(super) fn mesh_waiting(&self) -> usize {
+        self.mesh.len()
+    }
+
+    /// One turn of the shard's loop.
+    pub(super) fn turn(&mut self, mesh_waiting: &[usize], chance: &mut Chance) -> TurnOutput {
+        let (pump, drain_until) = match &mut self.stage {
+            Stage::Up(pump) => (pump, None),
+            Stage::Draining(pump, until) => (pump, Some(*until)),
+            Stage::Down | Stage::Opening(_) | Stage::Closing(_) => {
+                self.dirty = false;
+                return TurnOutput::default();
+            }
+        };
+        let now = self.runtime.now();
+        pump.tick(now);
+        for input in self.inputs.drain(..) {
+            take_input(pump, &mut self.wires, input);
+        }
+        for (key, bytes) in self.wires.take_resumed() {
+            take_input(pump, &mut self.wires, Input::Bytes(key, bytes));
+        }
+        for message in self.mesh.drain(..) {
+            pump.message(message, &mut self.wires);
+        }
+        // The pump does not take messages of other nodes yet.
+        self.parcels.clear();
+        let mut mesh = SimMesh { waiting: mesh_waiting, sent: Vec::new(), chance };
+        let worked = pump.turn(&mut self.wires, &mut mesh);
+        let sent = mesh.sent;
+        pump.end_turn();
+        self.dirty = worked;
+        self.timeout = pump.next_timeout();
+        let (bytes, closed) = self.wires.flush();
+        let ready = drain_until.is_some_and(|until| pump.is_idle() || now >= until);
+        if let Some(until) = drain_until {
+            self.timeout = Some(self.timeout.map_or(until, |timeout| timeout.min(until)));
+        }
+        if ready {
+            self.close();
+        }
+        TurnOutput { bytes, closed, mesh: sent }
+    }
+
+    fn close(&mut self) {
+        let Stage::Draining(pump, _) = std::mem::replace(&mut self.stage, Stage::Down) else {
+            return;
+        };
+        let shard = pump.shard().clone();
+        drop(pump);
+        let slot = Slot::default();
+        let told = Rc::clone(&slot);
+        self.runtime.spawn(Class::Foreground, async move {
+            let closed = shard.close().await;
+            drop(shard);
+            *told.borrow_mut() = Some(closed);
+        });
+        (self.stage, self.timeout, self.dirty) = (Stage::Closing(slot), None, false);
+    }
+
+    fn pump_options(&self, common: &Common) -> PumpOptions {
+        let Identity { shard_count, partition_bits, hash_seed, node, cluster, .. } =
+            identity(self.place, common);
+        let welcome = Welcome {
+            version: VERSION,
+            partition_bits: u8::try_from(partition_bits).expect("at most 16"),
+            shard_count,
+            shard: self.place.shard,
+            node,
+            features: 0,
+            cluster,
+            hash_seed,
+            map_version: 1,
+            wall_us: 0,
+            limits: Limits::default(),
+            runs: Vec::new(),
+            nodes: Vec::new(),
+            namespaces: Vec::new(),
+        };
+        PumpOptions {
+            facts: ServerFacts { welcome, options: ConnectionOptions::default() },
+            map: ShardMap::new(self.place.shard, shard_count, partition_bits),
+            secret: SECRET,
+            catalogue: Rc::clone(&common.catalogue),
+            message_memory: 4 << 20,
+            desk: Rc::new(NoDesk),
+        }
+    }
+}
+
+/// Who a shard is.
+pub(super) fn identity(place: Place, common: &Common) -> Identity {
+    Identity {
+        cluster: CLUSTER,
+        node: OriginId(place.node + 1),
+        shard: place.shard,
+        shard_count: common.shards,
+        hash_seed: HASH_SEED,
+        partition_bits: common.options.partition_bits,
+        created: WallMicros(1),
+    }
+}
+
+fn take_input(pump: &mut SimPump, wires: &mut SimWires, input: Input) {
+    match input {
+        Input::Opened(key) => {
+            wires.open(key);
+            pump.accepted(key);
+        }
+        Input::Closed(key) => {
+            wires.forget(key);
+            pump.closed(key);
+        }
+        Input::Bytes(key, bytes) => {
+            let Some(bytes) = wires.hold(key, bytes) else { return };
+            if !wires.is_open(key) {
+                return;
+            }
+            let unsent = wires.unsent(key);
+            let Some(out) = wires.out(key) else { return };
+            match pump.received(key, &bytes, out, unsent) {
+                Verdict::Keep => {}
+                Verdict::Pause => wires.pause(key),
+                Verdict::Close => {
+                    pump.closed(key);
+                    wires.close(key);
+                }
+                Verdict::HandOver { .. } => unreachable!("clients ask for any shard"),
+            }
+        }
+    }
+}

@@ -1,0 +1,537 @@
+//! `SimCluster`: whole nodes, with production's pump, connections and engine, on simulated disks
+//! and a simulated network, in one thread from one seed.
+//!
+//! Invariant: the same options and the same calls of its verbs give the same history. Everything
+//! that happens is a step of [`SimCluster::drive`]: one poll of a task, one turn of a pump, one
+//! arrival, one act of a client, in an order that the seed decides.
+//!
+//! ```text
+//! client -- ClientConnection -- bytes in pieces -- ServerConnection -- pump -- shard -- SimDisk
+//!                                       mesh of the node <-- pump --> Network, other nodes
+//! ```
+//!
+//! `host.rs` is one shard, `wires.rs` the connections, `client.rs` the clients, `book.rs` what
+//! they saw, `drive.rs` the loop. Nodes have numbers from 0; as origins of writes, from 1.
+
+mod book;
+mod client;
+mod drive;
+mod host;
+mod wires;
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use annulus::config::Compression;
+use annulus::namespaces::{Catalogue, Level as NamespaceLevel, Mode as NamespaceMode, Settings};
+use annulus::pump::ConnectionKey;
+use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
+use annulus_engine::options::{Durability, Options};
+use annulus_engine::runtime::Runtime as _;
+use annulus_engine::shard::ScanRequest;
+use annulus_engine::sim::{Chance, Rule, SimDisk, SimExecutor};
+use annulus_net::wire::status::Status;
+
+use crate::calls::CallMix;
+use crate::checker::{self, Dump, Violation};
+use crate::history::{History, Mark, Mode, Rules};
+use crate::network::{Network, Place, Weather};
+use crate::store::tiny_options;
+use book::Book;
+use client::Client;
+use host::{Common, Host};
+use wires::Streams;
+
+/// The namespace in which the last write wins.
+pub const LWW: NamespaceId = NamespaceId(0);
+/// The namespace that keeps siblings.
+pub const SIBLINGS: NamespaceId = NamespaceId(1);
+
+/// Time for the final reads, in nanoseconds.
+const AUDIT_NANOS: u64 = 120_000_000_000;
+
+/// What a cluster is like.
+#[derive(Clone, Debug)]
+pub struct ClusterOptions {
+    /// Everything follows from it.
+    pub seed: u64,
+    /// Nodes. More than one needs a pump that replicates.
+    pub nodes: u32,
+    /// Shards of each.
+    pub shards: u32,
+    /// Copies of each record, at most `nodes`.
+    pub replicas: u8,
+    /// Whether writes are synced before they are acknowledged, or within a window.
+    pub durability: Durability,
+    /// Of the network.
+    pub weather: Weather,
+    /// Clients.
+    pub clients: u32,
+    /// What they ask.
+    pub mix: CallMix,
+    /// Their longest pause between two calls, in nanoseconds.
+    pub pause_max: u64,
+}
+
+/// A node.
+struct Node {
+    hosts: Vec<Host>,
+    /// Its wall clock against true time, in microseconds.
+    wall_offset: i64,
+    paused: bool,
+    /// It should run: a start has been asked for and no end.
+    wanted: bool,
+    /// Its disks may fail, so that it may not start.
+    ailing: bool,
+    /// Since when a disk of it has been slow or failing.
+    disk_trouble: Option<Instant>,
+    /// When it last changed: start, end, pause, going on, trouble of its disk.
+    disturbed: Instant,
+}
+
+/// Where a connection leads.
+#[derive(Clone, Copy, Debug)]
+struct Route {
+    client: u32,
+    place: Place,
+}
+
+/// See the module.
+pub struct SimCluster {
+    executor: SimExecutor,
+    chance: Chance,
+    common: Common,
+    nodes: Vec<Node>,
+    network: Network,
+    streams: Streams,
+    routes: BTreeMap<ConnectionKey, Route>,
+    clients: Vec<Client>,
+    mix: CallMix,
+    book: Book,
+    /// Promises broken outside of histories.
+    broken: Vec<Violation>,
+    /// What happened to the nodes, for people.
+    diary: Vec<(Instant, String)>,
+    turns: u64,
+}
+
+impl SimCluster {
+    /// A cluster of nodes that are down, on empty disks.
+    ///
+    /// # Panics
+    /// When the namespaces cannot be made.
+    #[must_use]
+    pub fn new(options: &ClusterOptions) -> SimCluster {
+        let mut chance = Chance::new(options.seed ^ 0xC105_7E40);
+        let executor = SimExecutor::new(chance.next_u64());
+        let mut engine = Options { partition_bits: 3, ..tiny_options() };
+        engine.log.durability = options.durability;
+        let common = Common {
+            shards: options.shards,
+            options: engine,
+            catalogue: Rc::new(catalogue(options.replicas)),
+        };
+        let mut group = 0;
+        let mut host = |node, shard, chance: &mut Chance| {
+            let host = Host::new(Place { node, shard }, group, &executor, chance.next_u64());
+            group += 1;
+            host
+        };
+        let nodes = (0..options.nodes)
+            .map(|node| Node {
+                hosts: (0..options.shards).map(|shard| host(node, shard, &mut chance)).collect(),
+                wall_offset: 0,
+                paused: false,
+                wanted: false,
+                ailing: false,
+                disk_trouble: None,
+                disturbed: Instant(0),
+            })
+            .collect();
+        let now = executor.runtime().now();
+        let clients = (0..options.clients)
+            .map(|number| {
+                let (seed, pause_max) = (chance.next_u64(), options.pause_max);
+                Client::new(number, options.nodes, seed, &options.mix, pause_max, now)
+            })
+            .collect();
+        let mut book = Book::default();
+        let window_nanos = match options.durability {
+            Durability::Sync => 0,
+            // The sync itself takes its time.
+            Durability::Periodic { window_ms } => (window_ms + 100) * 1_000_000,
+        };
+        let rules = |mode| Rules {
+            replicas: options.replicas,
+            wall_at_zero_us: executor.runtime().true_wall().0 - now.0 / 1000,
+            window_nanos,
+            ..Rules::of(mode)
+        };
+        book.add_namespace(LWW, rules(Mode::Lww));
+        book.add_namespace(SIBLINGS, rules(Mode::Siblings));
+        SimCluster {
+            network: Network::new(chance.next_u64(), options.weather),
+            streams: Streams::new(chance.next_u64(), 400_000),
+            routes: BTreeMap::new(),
+            executor,
+            chance,
+            common,
+            nodes,
+            clients,
+            mix: options.mix.clone(),
+            book,
+            broken: Vec::new(),
+            diary: Vec::new(),
+            turns: 0,
+        }
+    }
+
+    /// Virtual time.
+    #[must_use]
+    pub fn now(&self) -> Instant {
+        self.executor.runtime().now()
+    }
+
+    /// How many nodes there are.
+    #[must_use]
+    pub fn node_count(&self) -> u32 {
+        u32::try_from(self.nodes.len()).expect("a few nodes")
+    }
+
+    /// The network between the nodes.
+    pub fn network(&mut self) -> &mut Network {
+        &mut self.network
+    }
+
+    /// The disk of a shard, as it is now: a crash gives it another.
+    #[must_use]
+    pub fn disk(&self, node: u32, shard: u32) -> &SimDisk {
+        &self.nodes[node as usize].hosts[shard as usize].disk
+    }
+
+    /// Whether all shards of the node serve.
+    #[must_use]
+    pub fn is_up(&self, node: u32) -> bool {
+        self.nodes[node as usize].hosts.iter().all(Host::is_up)
+    }
+
+    /// Whether no shard of the node runs.
+    #[must_use]
+    pub fn is_down(&self, node: u32) -> bool {
+        self.nodes[node as usize].hosts.iter().all(Host::is_down)
+    }
+
+    /// Writes something into the diary.
+    pub fn note(&mut self, what: String) {
+        self.diary.push((self.now(), what));
+    }
+
+    /// What happened to the nodes.
+    #[must_use]
+    pub fn diary(&self) -> &[(Instant, String)] {
+        &self.diary
+    }
+
+    /// Turns of all pumps so far: equal in two runs of one seed.
+    #[must_use]
+    pub fn turns(&self) -> u64 {
+        self.turns
+    }
+
+    /// Answers so far, by status.
+    #[must_use]
+    pub fn answers(&self) -> &BTreeMap<Status, u64> {
+        &self.book.answers
+    }
+
+    /// The histories so far, by namespace.
+    pub fn histories(&self) -> impl Iterator<Item = (NamespaceId, &History)> {
+        self.book.histories()
+    }
+
+    /// Begins to start a node. Nothing if it runs.
+    pub fn start(&mut self, node: u32) {
+        let now = self.now();
+        let (node, common) = (&mut self.nodes[node as usize], &self.common);
+        if node.hosts.iter().all(Host::is_down) {
+            node.wanted = true;
+            node.disturbed = now;
+            node.hosts.iter_mut().for_each(|host| host.start(common));
+        }
+    }
+
+    /// Begins to stop a node cleanly. Nothing if it does not serve.
+    pub fn stop(&mut self, node: u32) {
+        let now = self.now();
+        if self.is_up(node) {
+            let node = &mut self.nodes[node as usize];
+            node.wanted = false;
+            node.disturbed = now;
+            node.hosts.iter_mut().for_each(Host::drain);
+        }
+    }
+
+    /// Cuts a node's power: what was not synced is lost, torn, or kept, each shard's on its own.
+    /// Nothing if it is down.
+    pub fn crash(&mut self, node: u32) {
+        if self.is_down(node) {
+            return;
+        }
+        self.end(node);
+        let seed = self.chance.next_u64();
+        for (index, host) in (0..).zip(&mut self.nodes[node as usize].hosts) {
+            host.disk = host.disk.crash_onto(&host.runtime, seed ^ index);
+        }
+    }
+
+    /// Kills a node's process: what it had written is there, synced or not. Nothing if it is down.
+    pub fn kill(&mut self, node: u32) {
+        if self.is_down(node) {
+            return;
+        }
+        self.end(node);
+        for host in &mut self.nodes[node as usize].hosts {
+            host.disk = host.disk.fork_onto(&host.runtime);
+        }
+    }
+
+    /// Takes a node's disks away for ever; it starts again with empty ones.
+    pub fn lose_disks(&mut self, node: u32) {
+        self.crash(node);
+        let at = self.now().0;
+        let seed = self.chance.next_u64();
+        for host in &mut self.nodes[node as usize].hosts {
+            let (place, group) = (host.place, host.group);
+            *host = Host::new(place, group, &self.executor, seed ^ u64::from(group));
+        }
+        self.book.mark(Mark::DiskLost { node, at });
+    }
+
+    fn end(&mut self, node: u32) {
+        let now = self.now();
+        self.resume(node);
+        self.end_of_disk_trouble(node);
+        self.book.mark(Mark::Crashed { node, at: now.0 });
+        self.network.node_ended(node);
+        let ended = &mut self.nodes[node as usize];
+        ended.wanted = false;
+        ended.disturbed = now;
+        for host in &mut ended.hosts {
+            for key in host.end(&self.executor) {
+                if let Some(route) = self.routes.remove(&key) {
+                    self.streams.closed_by_shard(now, key, route.client);
+                }
+            }
+        }
+    }
+
+    /// Stops a node as SIGSTOP does: it does nothing, and does not know it.
+    pub fn pause(&mut self, node: u32) {
+        self.set_paused(node, true);
+    }
+
+    /// Lets a paused node go on.
+    pub fn resume(&mut self, node: u32) {
+        self.set_paused(node, false);
+    }
+
+    fn set_paused(&mut self, number: u32, paused: bool) {
+        let now = self.now();
+        let node = &mut self.nodes[number as usize];
+        if node.paused != paused && !(paused && node.hosts.iter().all(Host::is_down)) {
+            if !paused {
+                let (from, until) = (node.disturbed.0, now.0);
+                self.book.mark(Mark::Stood { node: number, from, until });
+            }
+            (node.paused, node.disturbed) = (paused, now);
+            for host in &node.hosts {
+                self.executor.set_paused(host.group, paused);
+            }
+        }
+    }
+
+    fn end_of_disk_trouble(&mut self, node: u32) {
+        if let Some(from) = self.nodes[node as usize].disk_trouble.take() {
+            let mark = Mark::Stood { node, from: from.0, until: self.now().0 };
+            self.book.mark(mark);
+        }
+    }
+
+    /// Moves a node's wall clock by this many microseconds.
+    pub fn jump_clock(&mut self, node: u32, micros: i64) {
+        let offset = self.nodes[node as usize].wall_offset.saturating_add(micros);
+        self.set_clock(node, offset);
+    }
+
+    /// Sets a node's wall clock this many microseconds ahead of true time.
+    pub fn set_clock(&mut self, node: u32, micros: i64) {
+        self.book.note_skew(micros.unsigned_abs());
+        let node = &mut self.nodes[node as usize];
+        node.wall_offset = micros;
+        node.hosts.iter().for_each(|host| host.runtime.set_wall_offset(micros));
+    }
+
+    /// Lets a shard's disk fail by this rule.
+    pub fn trouble_disk(&mut self, node: u32, shard: u32, rule: Rule) {
+        let now = self.now();
+        let troubled = &mut self.nodes[node as usize];
+        troubled.ailing = true;
+        troubled.disk_trouble.get_or_insert(now);
+        self.disk(node, shard).inject(rule);
+        self.note_disturbance(node);
+    }
+
+    /// A shard's disk fails no more.
+    pub fn heal_disk(&mut self, node: u32, shard: u32) {
+        self.disk(node, shard).clear_faults();
+        self.note_disturbance(node);
+        self.end_of_disk_trouble(node);
+    }
+
+    /// Everything is well again, except that nodes which are down stay so.
+    pub fn heal(&mut self) {
+        self.network.heal();
+        for node in 0..self.node_count() {
+            self.resume(node);
+            (0..self.common.shards).for_each(|shard| self.heal_disk(node, shard));
+            self.nodes[node as usize].ailing = false;
+        }
+    }
+
+    /// Says that something may be wrong with a node from now on, or has been until now, so that
+    /// nobody expects answers in time.
+    pub fn note_disturbance(&mut self, node: u32) {
+        self.nodes[node as usize].disturbed = self.now();
+    }
+
+    /// Clients make no more calls; those under way go on.
+    pub fn quiet(&mut self) {
+        self.clients.iter_mut().for_each(|client| client.is_quiet = true);
+    }
+
+    /// Clients make calls again.
+    pub fn unquiet(&mut self) {
+        let now = self.now();
+        for client in &mut self.clients {
+            client.wake(now);
+        }
+    }
+
+    /// Asks every node for every key, at every level of the mix, and waits for the answers.
+    ///
+    /// # Errors
+    /// When one was not answered with a result, however often it was tried: nothing is wrong with
+    /// the nodes.
+    pub fn audit(&mut self) -> Result<(), String> {
+        let now = self.now();
+        let drivers = self.clients.len();
+        for node in 0..self.node_count() {
+            let number = u32::try_from(self.clients.len()).expect("a few clients");
+            let seed = self.chance.next_u64();
+            self.clients.push(Client::auditor(number, node, seed, &self.mix, now));
+        }
+        let until = now.after_nanos(AUDIT_NANOS);
+        let done = |cluster: &SimCluster| {
+            cluster.clients[drivers..].iter().all(|client| client.next_at().is_none())
+        };
+        let ended = self.drive_until(until, done);
+        self.clients.truncate(drivers);
+        let over = self.routes.extract_if(.., |_, route| route.client as usize >= drivers);
+        for (key, route) in over {
+            self.streams.closed_by_client(now, key, route.place);
+        }
+        if ended { Ok(()) } else { Err("final reads were not answered".to_owned()) }
+    }
+
+    /// What a node's shards hold of a partition: what a reader at `now` would see.
+    ///
+    /// # Errors
+    /// Whatever the scan met.
+    ///
+    /// # Panics
+    /// When the node does not serve.
+    pub fn dump(&self, node: u32, partition: PartitionId) -> Result<Dump, String> {
+        let bits = self.common.options.partition_bits;
+        let range = partition.range(bits);
+        let shard = (partition.0 * self.common.shards) >> bits;
+        let host = &self.nodes[node as usize].hosts[shard as usize];
+        let shard = host.shard().expect("a node that serves");
+        let now = self.executor.runtime().true_wall();
+        let mut dump = Dump::default();
+        let mut wrong = None;
+        let request = ScanRequest { range, after: b"", namespace: None };
+        let mut visit = |record: &RecordRef<'_>| {
+            wrong = dump.add(record, now).err();
+            wrong.is_none()
+        };
+        let scanned = self.executor.run(shard.scan(&request, &mut visit));
+        scanned.map_err(|error| error.to_string())?;
+        wrong.map_or(Ok(dump), Err)
+    }
+
+    /// The nodes that hold a partition.
+    fn replicas_of(&self, _partition: PartitionId) -> Vec<u32> {
+        // Until nodes share a topology each is alone.
+        (0..self.node_count()).take(1).collect()
+    }
+
+    /// In which partitions the replicas differ now.
+    #[must_use]
+    pub fn differences(&self) -> Vec<Violation> {
+        let mut found = Vec::new();
+        for partition in (0..1 << self.common.options.partition_bits).map(PartitionId) {
+            let mut dumps = Vec::new();
+            for node in self.replicas_of(partition) {
+                match self.dump(node, partition) {
+                    Ok(dump) => dumps.push((node, dump)),
+                    Err(error) => found.push(Violation {
+                        checker: "converge",
+                        key: partition.0,
+                        event: None,
+                        what: format!("node {node} cannot be scanned: {error}"),
+                    }),
+                }
+            }
+            found.extend(checker::converge::check(partition, &dumps));
+        }
+        found
+    }
+
+    /// Says that all replicas are equal now and nothing is under way.
+    pub fn mark_converged(&mut self) {
+        let at = self.now().0;
+        self.book.mark(Mark::Converged { at });
+    }
+
+    /// Everything that is wrong with the run so far.
+    #[must_use]
+    pub fn violations(&self) -> Vec<Violation> {
+        let mut found = self.broken.clone();
+        found.extend(self.book.wrong.iter().map(|what| Violation {
+            checker: "bytes",
+            key: 0,
+            event: None,
+            what: what.clone(),
+        }));
+        for (_, history) in self.histories() {
+            found.extend(checker::check(history));
+        }
+        found
+    }
+}
+
+/// The namespaces of every simulated cluster.
+fn catalogue(replicas: u8) -> Catalogue {
+    let mut catalogue = Catalogue::new(Compression::Lz4);
+    let settings = Settings {
+        n: Some(replicas),
+        w: Some(NamespaceLevel::Quorum),
+        r: Some(NamespaceLevel::Quorum),
+        ..Settings::default()
+    };
+    catalogue.set("default", &settings).expect("plain settings");
+    let siblings = Settings { mode: Some(NamespaceMode::Siblings), ..settings };
+    let made = catalogue.create("siblings", &siblings, Compression::None);
+    assert_eq!(made, Ok(SIBLINGS));
+    catalogue
+}

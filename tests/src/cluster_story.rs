@@ -1,0 +1,214 @@
+//! Stories of whole clusters: clients, troubles, healing, and the checkers' verdict.
+//!
+//! A story has chapters. In each, clients call while troubles come and go; then everything is
+//! healed, sixty virtual seconds pass, all replicas must be equal (P8), every node is asked for
+//! every key, and all checkers judge all that was seen since the beginning.
+//!
+//! Invariant: a story follows from its seed; whatever it finds comes with the history of the key.
+
+use annulus_engine::options::Durability;
+use annulus_engine::sim::Chance;
+use annulus_net::wire::fields::{Level, OperationFlags};
+
+use crate::calls::{CallMix, Target};
+use crate::checker::{Violation, describe};
+use crate::cluster::{ClusterOptions, LWW, SIBLINGS, SimCluster};
+use crate::network::Weather;
+use crate::troubles::{self, Severity};
+
+const MS: u64 = 1_000_000;
+/// Time from the end of all faults to equal replicas, in nanoseconds.
+const HEALING_NANOS: u64 = 60_000 * MS;
+/// Time for all nodes to start, in nanoseconds.
+const START_NANOS: u64 = 60_000 * MS;
+
+/// A story.
+#[derive(Clone, Debug)]
+pub struct ClusterStory {
+    /// What the cluster is like.
+    pub options: ClusterOptions,
+    /// How much happens in a chapter.
+    pub severity: Severity,
+    /// Chapters.
+    pub chapters: u64,
+    /// Length of a chapter before healing, in nanoseconds.
+    pub nanos: u64,
+}
+
+/// What a story was made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Calls of all clients.
+    pub calls: u64,
+    /// Of them, answered with a result.
+    pub answered: u64,
+    /// Turns of all pumps.
+    pub turns: u64,
+}
+
+/// The largest number of nodes whose pumps work together today.
+pub const NODES_MAX: u32 = 1;
+/// Whether some stories sync within a window. Not yet: there the ceiling of sequences is used
+/// before it is durable, so that a crash makes a node give out dots twice.
+const PERIODIC: bool = false;
+/// Whether clocks are wrong in clusters of one node. Not yet: what such a pump says of its
+/// freshness forgets what it said before its clock went back.
+const LONE_SKEW: bool = false;
+
+impl ClusterStory {
+    /// A small story of everything, as the swarm tells it.
+    #[must_use]
+    pub fn draw(seed: u64) -> ClusterStory {
+        let mut chance = Chance::new(seed ^ 0x5708);
+        let nodes = NODES_MAX.min([1, 3, 3, 3, 4, 5][chance.index(6)]);
+        let replicas = u8::try_from(nodes.min(3)).expect("at most three");
+        let shards = [1, 2][chance.index(2)];
+        let deletes = chance.below(4);
+        let target = |namespace, chance: &mut Chance| Target {
+            namespace,
+            keys: [2, 6, 12][chance.index(3)],
+            weights: [8, 8, deletes, 1, 1],
+            ttl_one_in: [0, 0, 4][chance.index(3)],
+        };
+        let several = if nodes > 1 { vec![Level::Quorum, Level::All] } else { Vec::new() };
+        let levels: Vec<Level> = [Level::Default, Level::ONE].into_iter().chain(several).collect();
+        let flags = match nodes {
+            1 => vec![OperationFlags::default()],
+            _ => vec![
+                OperationFlags::default(),
+                OperationFlags::default(),
+                OperationFlags::STRICT,
+                OperationFlags::SLOPPY,
+            ],
+        };
+        let mix = CallMix {
+            targets: vec![target(LWW, &mut chance), target(SIBLINGS, &mut chance)],
+            levels,
+            flags,
+            context_one_in: [0, 2, 2, 1][chance.index(4)],
+            contexts_of_writes: false,
+            deadline_ms: [(50, 500), (500, 3_000)][chance.index(2)],
+        };
+        let periodic = PERIODIC && chance.one_in(4);
+        let durability = match periodic {
+            true => Durability::Periodic { window_ms: [100, 1_000][chance.index(2)] },
+            false => Durability::Sync,
+        };
+        let fair = chance.one_in(2);
+        let options = ClusterOptions {
+            seed,
+            nodes,
+            shards,
+            replicas,
+            durability,
+            weather: if fair { Weather::fair() } else { Weather::draw(&mut chance) },
+            clients: u32::try_from(chance.between(2, 6)).expect("a few"),
+            mix,
+            pause_max: [10, 40, 200][chance.index(3)] * MS,
+        };
+        let severity = Severity {
+            troubles: [0, 2, 5, 10][chance.index(4)],
+            skew_us: if nodes > 1 || LONE_SKEW {
+                [0, 0, 100_000, 200_000][chance.index(4)]
+            } else {
+                0
+            },
+            disks_fail: chance.one_in(3),
+        };
+        let nanos = chance.between(500, 6_000) * MS;
+        ClusterStory { options, severity, chapters: chance.between(1, 2), nanos }
+    }
+
+    /// Tells it.
+    ///
+    /// # Errors
+    /// What was found, for people.
+    pub fn tell(&self) -> Result<Told, String> {
+        let mut chance = Chance::new(self.options.seed ^ 0x7E11);
+        let mut cluster = SimCluster::new(&self.options);
+        self.start_all(&mut cluster)?;
+        for chapter in 0..self.chapters {
+            if chapter > 0 {
+                cluster.unquiet();
+            }
+            let ClusterOptions { nodes, shards, .. } = self.options;
+            let begin = cluster.now();
+            for (at, trouble) in
+                troubles::draw(&mut chance, nodes, shards, self.nanos, self.severity)
+            {
+                cluster.drive_until(begin.after_nanos(at), |_| false);
+                cluster.note(format!("{trouble:?}"));
+                trouble.strike(&mut cluster);
+            }
+            cluster.drive_until(begin.after_nanos(self.nanos), |_| false);
+            self.heal(&mut cluster)?;
+        }
+        let told = Told {
+            calls: cluster.histories().map(|(_, history)| history.events.len() as u64).sum(),
+            answered: cluster
+                .answers()
+                .iter()
+                .filter(|(status, _)| status.0 < 64)
+                .map(|(_, count)| count)
+                .sum(),
+            turns: cluster.turns(),
+        };
+        Ok(told)
+    }
+
+    fn start_all(&self, cluster: &mut SimCluster) -> Result<(), String> {
+        let nodes = cluster.node_count();
+        // One that was stopping, or does not start at once, gets another chance.
+        for _ in 0..10 {
+            (0..nodes).for_each(|node| cluster.start(node));
+            let until = cluster.now().after_nanos(START_NANOS / 10);
+            let all_up = |cluster: &SimCluster| (0..nodes).all(|node| cluster.is_up(node));
+            if cluster.drive_until(until, all_up) {
+                return Ok(());
+            }
+        }
+        let down = (0..nodes).filter(|node| !cluster.is_up(*node)).collect::<Vec<_>>();
+        Err(self.report(cluster, &format!("nodes {down:?} do not start"), &cluster.violations()))
+    }
+
+    /// Ends all troubles, waits, reads everything everywhere, and judges.
+    fn heal(&self, cluster: &mut SimCluster) -> Result<(), String> {
+        cluster.quiet();
+        cluster.heal();
+        self.start_all(cluster)?;
+        cluster.drive(HEALING_NANOS);
+        let differences = cluster.differences();
+        if !differences.is_empty() {
+            return Err(self.report(cluster, "replicas differ after healing", &differences));
+        }
+        cluster.mark_converged();
+        let audited = cluster.audit();
+        let violations = cluster.violations();
+        match audited {
+            Err(problem) => Err(self.report(cluster, &problem, &violations)),
+            Ok(()) if violations.is_empty() => Ok(()),
+            Ok(()) => Err(self.report(cluster, "promises are broken", &violations)),
+        }
+    }
+
+    fn report(&self, cluster: &SimCluster, what: &str, violations: &[Violation]) -> String {
+        let seed = self.options.seed;
+        let mut text = format!("seed {seed}: {what}\n");
+        for violation in violations.iter().take(8) {
+            text.push_str(&format!("{violation}\n"));
+        }
+        text.push_str("what happened:\n");
+        for (at, what) in cluster.diary() {
+            text.push_str(&format!("{:>12} us {what}\n", at.0 / 1000));
+        }
+        if let Some(Violation { key, event: Some(event), .. }) = violations.first() {
+            for (namespace, history) in cluster.histories() {
+                if history.events.get(*event).is_some_and(|event| event.key == *key) {
+                    let described = describe(history, *key);
+                    text.push_str(&format!("namespace {}:\n{described}", namespace.0));
+                }
+            }
+        }
+        text
+    }
+}

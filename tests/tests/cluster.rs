@@ -5,13 +5,13 @@ use annulus_tests::cluster_story::ClusterStory;
 #[test]
 fn promises_hold_whatever_befalls_the_nodes() {
     let mut answered = 0;
-    for seed in 0..40 {
+    for seed in 0..25 {
         match ClusterStory::draw(seed).tell() {
             Ok(told) => answered += told.answered,
             Err(found) => panic!("{found}"),
         }
     }
-    assert!(answered > 4_000, "{answered}");
+    assert!(answered > 2_500, "{answered}");
 }
 
 #[test]

@@ -459,7 +459,7 @@ impl SimCluster {
         let now = self.executor.runtime().true_wall();
         let mut dump = Dump::default();
         let mut wrong = None;
-        let request = ScanRequest { range, after: b"", namespace: None };
+        let request = ScanRequest { range, after: None, namespace: None };
         let mut visit = |record: &RecordRef<'_>| {
             wrong = dump.add(record, now).err();
             wrong.is_none()

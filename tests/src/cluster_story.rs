@@ -115,7 +115,10 @@ impl ClusterStory {
             },
             disks_fail: chance.one_in(3),
         };
-        let nanos = chance.between(500, 6_000) * MS;
+        // Long enough for some hundred calls, however slow the clients are.
+        let calls = chance.between(40, 400);
+        let a_call = (options.pause_max * 2 / 5 + 2 * MS) / u64::from(options.clients);
+        let nanos = (calls * a_call).clamp(300 * MS, 8_000 * MS);
         ClusterStory { options, severity, chapters: chance.between(1, 2), nanos }
     }
 

@@ -87,7 +87,7 @@ pub fn draw(
     }
     for _ in 0..severity.troubles {
         let at = chance.below(nanos);
-        let end = at + chance.between(MS, 1 + (nanos - at) * 3 / 2);
+        let end = at + chance.between(MS, MS + (nanos - at) * 3 / 2);
         let node = pick(chance, nodes);
         let shard = pick(chance, shards);
         let other = (node + 1 + pick(chance, nodes.max(2) - 1)) % nodes;

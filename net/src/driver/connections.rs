@@ -4,8 +4,8 @@
 //! receive nor a send of it is in flight, so a completion always meets its own connection; ids
 //! carry a generation on top, so that owners with an old id reach nobody. An idle connection
 //! holds no buffer. On the write path: replies gather in `out` and leave with one send in flight
-//! a connection; what gathers meanwhile forms the next. [`dialing`] begins connections,
-//! [`leaving`] ends them.
+//! a connection; what gathers meanwhile forms the next. `dialing.rs` begins connections,
+//! `leaving.rs` ends them.
 
 mod dialing;
 mod leaving;

@@ -12,6 +12,7 @@ use crate::log::Lsn;
 use crate::model::merge::supersedes;
 use crate::model::siblings::KeyState;
 use crate::model::{Kind, RecordRef, Token, WallMicros};
+use crate::sstable::PartitionRun;
 
 /// Sorted records, some of them in memory.
 pub trait Source {
@@ -33,6 +34,10 @@ pub trait Retention {
     /// Whether the record belongs to an incarnation of its partition that was dropped: it goes
     /// wherever it is met, before it is compared with others.
     fn is_dropped(&self, record: &RecordRef<'_>) -> bool;
+    /// The same of all records of a partition in a table.
+    fn is_dropped_run(&self, _run: &PartitionRun) -> bool {
+        false
+    }
     /// Whether a tombstone or an expired record may be forgotten. Asked only where the other
     /// records of its key that were logged up to `released` are superseded and go with it.
     fn is_purgeable(&self, record: &RecordRef<'_>, released: Lsn) -> bool;

@@ -16,6 +16,7 @@ pub mod merge;
 mod output;
 pub mod pace;
 pub mod plan;
+mod reclaim;
 pub mod run;
 
 pub use flush::{Flushed, flush};

@@ -195,7 +195,7 @@ impl Avoid {
         self.places.iter().any(|place| place.table == table && place.range.overlaps(range))
     }
 
-    fn forbids(&self, step: &Step) -> bool {
+    pub(super) fn forbids(&self, step: &Step) -> bool {
         !self.places.is_empty()
             && step.upper.iter().chain(&step.last).any(|&table| self.holds(table, &step.range))
     }
@@ -312,7 +312,7 @@ fn hand_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<St
 }
 
 /// A step that merges everything in a range into the last level.
-fn step_over(layout: &Layout, range: TokenRange, hand: Option<Token>) -> Step {
+pub(super) fn step_over(layout: &Layout, range: TokenRange, hand: Option<Token>) -> Step {
     let upper: Vec<_> = layout.upper().iter().filter(|entry| entry.live.overlaps(&range)).collect();
     let last: Vec<_> =
         layout.last().iter().filter(|entry| entry.summary.span.overlaps(&range)).collect();

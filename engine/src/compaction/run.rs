@@ -15,6 +15,7 @@ use super::merge::{Merge, MergeStats, Retention, Source, Step as Want};
 use super::output::{Breath, Ended, Outcome, Output, Written, work_of};
 use super::pace::Pace;
 use super::plan::{Avoid, Cutter, Mode, Place, PlanOptions, Pressure, Step, plan_around};
+use super::reclaim::{Reclaim, reclaim};
 use crate::disk::{Disk, File};
 use crate::error::{Error, Result};
 use crate::model::limits::CLOCK_OFFSET_MAX_US;
@@ -165,7 +166,22 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         if mode != Mode::Busy {
             self.settling.set(step.as_ref().is_some_and(|step| step.hand.is_some()));
         }
-        let Some(step) = step else { return Ok(false) };
+        let step = match step {
+            Some(step) => step,
+            None => {
+                let found =
+                    reclaim(&set, &self.options.plan, &*self.retention, &self.avoid.borrow());
+                match found {
+                    None => return Ok(false),
+                    Some(Reclaim::Remove(edit)) => {
+                        drop(set);
+                        self.tables.commit(Vec::new(), |_| edit).await?;
+                        return Ok(true);
+                    }
+                    Some(Reclaim::Rewrite(step)) => step,
+                }
+            }
+        };
         match self.run(set, &step).await {
             Ok(()) => Ok(true),
             Err(Ended::Stopped) => Ok(false),

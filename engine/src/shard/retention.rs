@@ -15,6 +15,7 @@ use crate::compaction::Retention;
 use crate::log::Lsn;
 use crate::model::causality::KeyState;
 use crate::model::{Kind, NamespaceId, PartitionId, RecordRef, Timestamp, VersionVector};
+use crate::sstable::PartitionRun;
 
 /// What may be purged in one partition.
 #[derive(Clone, Debug)]
@@ -104,6 +105,14 @@ impl Retention for Keep {
         let namespaces = self.namespaces.borrow();
         (!namespaces.is_empty() && namespaces.contains(&record.namespace))
             || !self.memory.borrow().replicas().is_current(record)
+    }
+
+    fn is_dropped_run(&self, run: &PartitionRun) -> bool {
+        let memory = self.memory.borrow();
+        let replicas = memory.replicas();
+        let partition = run.partition();
+        partition.0 < 1 << replicas.bits()
+            && run.incarnation_max < replicas.of(partition).incarnation
     }
 
     fn is_purgeable(&self, record: &RecordRef<'_>, released: Lsn) -> bool {

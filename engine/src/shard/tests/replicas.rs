@@ -332,6 +332,35 @@ fn a_dropped_partition_is_empty_at_once_and_for_ever() {
     assert!(shard.issued(Token::of_key(b"key1", 3), own).expect("own") > issued + 1);
 }
 
+#[test]
+fn dropped_partitions_give_their_space_back_on_an_idle_shard() {
+    let world = replicated();
+    let shard = world.open();
+    let settle = |nanos| {
+        world.run(shard.flush()).expect("a flush");
+        let runtime = world.executor.runtime();
+        world.run(runtime.sleep_until(runtime.now().after_nanos(nanos)));
+    };
+    for i in 0..2000 {
+        world.put(&shard, &format!("key{i}"), &[7; 200]);
+    }
+    settle(20_000_000_000);
+    assert_eq!(shard.stats().table_records, 2000);
+    let of = |keep: &dyn Fn(PartitionId) -> bool| {
+        (0..2000).filter(|i| keep(partition_of(&format!("key{i}")))).count() as u64
+    };
+    for partition in (0..1 << BITS).map(PartitionId).filter(|id| id.0 % 4 != 0) {
+        shard.drop_partition(partition).expect("logged");
+    }
+    settle(70_000_000_000);
+    assert_eq!(shard.stats().table_records, of(&|id| id.0 % 4 == 0), "{:?}", shard.stats());
+    for partition in (0..1 << BITS).map(PartitionId).filter(|id| id.0 % 4 == 0) {
+        shard.drop_partition(partition).expect("logged");
+    }
+    settle(70_000_000_000);
+    assert_eq!(shard.stats().tables, 0, "{:?}", shard.stats());
+}
+
 /// What the log was told, by number.
 #[derive(Clone, Debug)]
 enum Told {

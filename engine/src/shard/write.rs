@@ -212,7 +212,8 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 
     /// The greatest sequence that an origin is known to have issued for the token's partition;
-    /// `None` for origins of which nothing is known here.
+    /// `None` for other origins: what was seen of them may lag behind what a client has read
+    /// elsewhere, so it bounds nothing.
     #[must_use]
     pub fn issued(&self, token: Token, origin: OriginId) -> Option<u64> {
         let own = origin == self.state.identity.node;

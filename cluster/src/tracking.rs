@@ -46,7 +46,7 @@ mod catch_up;
 mod figures;
 mod floors;
 
-pub use catch_up::SyncWanted;
+pub use catch_up::{GapClosed, SyncWanted};
 pub use figures::Convergence;
 pub use floors::Floor;
 
@@ -59,19 +59,20 @@ pub trait Replica {
     /// Partitions whose `seen` changed since the last call: all of them, and others at will.
     fn take_changed(&mut self) -> Vec<PartitionId>;
 
-    /// The shard's clock; never less than before.
+    /// A stamp below that of every own write from now on, also after a crash: the shard's clock,
+    /// never above its durable ceiling, and never less than before.
     fn clock(&self) -> Timestamp;
 
-    /// Every write of the own origin stamped at or below this is in `seen`, and none will be
-    /// stamped at or below it, also after a crash: never above the durable ceiling of stamps.
-    ///
-    /// While own writes are under way to the log it is the stamp of the last one that is visible;
-    /// otherwise the clock. After an unclean start, until no partition has a gap, it is the
-    /// greatest own stamp that the log still had: all that was lost is stamped later.
-    fn promise(&self) -> Timestamp;
+    /// `Some` while a partition has a gap from a crash: every own write that was lost is stamped
+    /// later than this. Zero is always true.
+    fn lost_after(&self) -> Option<Timestamp>;
 
-    /// Whether own writes of the partition may have been lost in a crash, and have not yet been
-    /// declared void.
+    /// Whether own writes of the partition may have been lost in a crash, and others may still
+    /// have them: until it is told of [`GapClosed`].
+    ///
+    /// Meanwhile, and for ever as a guest that has closed its gap or dropped its copy with own
+    /// writes in it, the node must not coordinate a write in mode `siblings` there: the vector of
+    /// its state would say of own writes that only others have that they were replaced.
     fn has_gap(&self, partition: PartitionId) -> bool;
 
     /// Whether anything is under way to the partition's log that `seen` does not show yet.
@@ -232,6 +233,8 @@ pub struct Tracking {
     told: Option<announce::Told>,
     /// The clock at some position of the log that `seen` had not reached then.
     mark: Option<(u64, Timestamp)>,
+    /// All that was taken in before this moment is visible.
+    visible: Timestamp,
     /// Partitions by the version of their last change.
     changes: BTreeMap<u64, PartitionId>,
     /// Partitions to look at for the next snapshot.
@@ -258,6 +261,7 @@ impl Tracking {
             version: announce::first_version(life),
             told: None,
             mark: None,
+            visible: Timestamp::ZERO,
             changes: BTreeMap::new(),
             dirty: BTreeSet::new(),
             unsettled: BTreeSet::new(),

@@ -29,7 +29,7 @@ fn life_of(version: u64) -> u64 {
 }
 
 /// What a round says beside its lines.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(super) struct Told {
     /// All that was taken in before this moment is in the lines.
     clock: Timestamp,
@@ -53,6 +53,7 @@ impl Tracking {
         replica: &mut impl Replica,
         out: &mut impl FnMut(PeerShard, &PeerMessage<'_>) -> bool,
     ) {
+        self.look_at_log(replica);
         if self.snapshot.is_none()
             && self.snapshot_at.is_none_or(|at| now.nanos_since(at) >= self.options.announce_every)
         {
@@ -68,8 +69,29 @@ impl Tracking {
         }
     }
 
+    /// What was taken in and is not visible yet is in no snapshot, so neither is the moment at which
+    /// it was taken in.
+    fn look_at_log(&mut self, replica: &impl Replica) {
+        let visible = replica.visible();
+        if let Some((_, clock)) = self.mark.take_if(|mark| mark.0 <= visible) {
+            self.visible = clock;
+        }
+        let appended = replica.appended();
+        let clock = replica.clock();
+        match self.mark {
+            None if appended <= visible => self.visible = clock,
+            None => self.mark = Some((appended, clock)),
+            Some(_) => {}
+        }
+    }
+
+    /// Every own write stamped at or below this is visible, and none will be stamped so any more.
+    pub(super) fn own_promise(&self, replica: &impl Replica) -> Timestamp {
+        replica.lost_after().map_or(self.visible, |lost_after| lost_after.min(self.visible))
+    }
+
     fn take_snapshot(&mut self, replica: &mut impl Replica) {
-        let promise = replica.promise();
+        let promise = self.own_promise(replica);
         self.dirty.extend(replica.take_changed());
         let mut candidates = std::mem::take(&mut self.dirty);
         candidates.extend(self.unsettled.iter().copied());
@@ -93,14 +115,7 @@ impl Tracking {
             }
         }
         let position = replica.visible();
-        // What was taken in and is not visible yet is not in this snapshot, so neither is the
-        // present moment.
-        let mark = *self.mark.get_or_insert((replica.appended(), replica.clock()));
-        let mut told = Told { promise, ..self.told.unwrap_or_default() };
-        if mark.0 <= position {
-            told.clock = mark.1;
-            self.mark = None;
-        }
+        let told = Told { clock: self.visible, promise };
         self.snapshot = Some(Snapshot { position, told, changes });
     }
 
@@ -347,21 +362,5 @@ impl Tracking {
             self.repeat(partition);
         }
         self.note_behind(now, partition, &seen, replica);
-    }
-
-    /// Whether all that the peer announced of this node's own origin in a partition is here, as of
-    /// a moment at which it knew of this life.
-    pub(super) fn is_own_complete_by(
-        &self,
-        peer: &super::Peer,
-        partition: PartitionId,
-        seen: &SeenSet,
-    ) -> bool {
-        let origin = origin_of(self.own);
-        peer.knows_us_since.is_some_and(|since| peer.clock > since)
-            && peer
-                .entries
-                .get(&partition)
-                .is_none_or(|entry| seen.of(origin).covers(entry.seen.of(origin)))
     }
 }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{Instant, PartitionId};
 
-use super::{PeerShard, Replica, Tracking, origin_of};
+use super::{Peer, PeerShard, Replica, Tracking, origin_of};
 use crate::member::NodeId;
 
 /// Peers have had these writes since then, and this replica lacked some of them.
@@ -43,6 +43,17 @@ pub struct SyncWanted {
     pub partition: PartitionId,
     /// From whom.
     pub helper: PeerShard,
+}
+
+/// Nothing that this node wrote before a crash is missing any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GapClosed {
+    /// In which partition.
+    pub partition: PartitionId,
+    /// All that exists of it is here: the rest may be declared void. A guest may not do so, as it
+    /// would say of writes that only the holders have that it has seen them replaced; with it the
+    /// gap just ends to hold down the promise.
+    pub is_void: bool,
 }
 
 impl Tracking {
@@ -197,18 +208,35 @@ impl Tracking {
         hosted.filter(|partition| self.guest_done(*partition, replica)).collect()
     }
 
-    /// Partitions whose gap from a crash may be declared void: every member knows of this life,
-    /// has said since then what it has of this node's writes, and all of it is here. From the
-    /// moment that a member knows of a life it must take no message of an earlier one.
+    /// Gaps from a crash that are closed: every member knows of this life, has said since then what
+    /// it has of this node's writes, and none of that can be missed any more. From the moment that
+    /// a member knows of a life it must take no message of an earlier one.
     #[must_use]
-    pub fn voids(&self, replica: &impl Replica) -> Vec<PartitionId> {
-        let is_void = |partition: &PartitionId| {
-            replica.has_gap(*partition) && {
-                let seen = replica.seen(*partition);
-                self.others(*partition)
-                    .all(|(_, peer)| self.is_own_complete_by(peer, *partition, &seen))
-            }
+    pub fn gaps_closed(&self, replica: &impl Replica) -> Vec<GapClosed> {
+        let gaps = self.partitions().filter(|partition| replica.has_gap(*partition));
+        gaps.filter(|partition| self.is_closed(*partition, &replica.seen(*partition)))
+            .map(|partition| GapClosed { partition, is_void: self.is_holder(partition) })
+            .collect()
+    }
+
+    fn is_closed(&self, partition: PartitionId, seen: &SeenSet) -> bool {
+        let has_answered = |peer: &Peer| peer.knows_us_since.is_some_and(|at| peer.clock > at);
+        if !self.others(partition).all(|(_, peer)| has_answered(peer)) {
+            return false;
+        }
+        let origin = origin_of(self.own);
+        let is_among = |kept: &SeenSet| {
+            let mut entries = self.others(partition).filter_map(|(_, p)| p.entries.get(&partition));
+            entries.all(|entry| kept.of(origin).covers(entry.seen.of(origin)))
         };
-        self.partitions().filter(is_void).collect()
+        if self.is_holder(partition) {
+            return is_among(seen);
+        }
+        // A guest does not fetch what others have of its writes: each holder must have it.
+        self.announced(partition).all(|(_, _, theirs)| {
+            let mut kept = seen.clone();
+            kept.union(theirs);
+            is_among(&kept)
+        })
     }
 }

@@ -35,8 +35,10 @@ impl Tracking {
     ) -> Timestamp {
         let origin = origin_of(node);
         let here = seen.of(origin);
-        let announced = peer.entries.get(&partition).map_or(0, |entry| entry.seen.last(origin));
-        let promised = if here.base() >= announced { peer.promise } else { Timestamp::ZERO };
+        let lacked_after = peer.entries.get(&partition).and_then(|e| here.lacks(e.seen.of(origin)));
+        // All that it announced is here, up to where something is lacked; and of what is stamped
+        // up to the promise there is nothing that it did not announce.
+        let promised = peer.promise.min(lacked_after.unwrap_or(Timestamp::MAX));
         promised.max(here.base_stamp())
     }
 
@@ -63,7 +65,7 @@ impl Tracking {
             Some(peer) => self.bound(partition, &seen, *node, peer),
             None => Timestamp::ZERO,
         });
-        bounds.fold(replica.promise(), Timestamp::min).max(local.complete)
+        bounds.fold(self.own_promise(replica), Timestamp::min).max(local.complete)
     }
 
     /// Every write of anybody, guests as well, stamped at or below this is in the replica. For the
@@ -71,7 +73,7 @@ impl Tracking {
     #[must_use]
     pub fn complete(&self, partition: PartitionId, replica: &impl Replica) -> Timestamp {
         let Some(local) = self.local(partition) else { return Timestamp::ZERO };
-        self.completeness(partition, &replica.seen(partition), replica.promise())
+        self.completeness(partition, &replica.seen(partition), self.own_promise(replica))
             .max(local.complete)
     }
 

@@ -7,6 +7,8 @@ use annulus_engine::model::Dot;
 use super::*;
 use crate::message::{PeerMessage, TrackEntry};
 
+mod model;
+
 const MS: u64 = 1_000_000;
 const P: PartitionId = PartitionId(0);
 
@@ -45,8 +47,8 @@ impl Replica for Node {
         self.clock.set(self.clock.get() + 1);
         Timestamp(self.clock.get())
     }
-    fn promise(&self) -> Timestamp {
-        if self.gap { Timestamp(1) } else { Timestamp(self.clock.get()) }
+    fn lost_after(&self) -> Option<Timestamp> {
+        self.gap.then_some(Timestamp::ZERO)
     }
     fn has_gap(&self, _: PartitionId) -> bool {
         self.gap
@@ -307,7 +309,7 @@ fn a_restarted_node_learns_everything_again_and_says_it_again() {
 }
 
 #[test]
-fn a_gap_is_void_when_everybody_who_knows_of_this_life_has_nothing_of_it() {
+fn a_gap_is_closed_when_everybody_who_knows_of_this_life_has_nothing_of_it() {
     let mut net = Net::new(4, 3);
     for node in 1..=3 {
         net.see(node, 1, 1);
@@ -320,16 +322,16 @@ fn a_gap_is_void_when_everybody_who_knows_of_this_life_has_nothing_of_it() {
     net.nodes.get_mut(&1).unwrap().0.gap = true;
     net.settle(12);
     let (tracking, replica) = net.tracking(1);
-    assert!(tracking.voids(replica).is_empty());
+    assert!(tracking.gaps_closed(replica).is_empty());
     net.see(1, 1, 2);
     let (tracking, replica) = net.tracking(1);
-    assert!(tracking.voids(replica).is_empty());
+    assert!(tracking.gaps_closed(replica).is_empty());
     net.see(1, 1, 3);
     let (tracking, replica) = net.tracking(1);
-    assert_eq!(tracking.voids(replica), [P]);
+    assert_eq!(tracking.gaps_closed(replica), [GapClosed { partition: P, is_void: true }]);
     net.restart(1, 3);
     let (tracking, replica) = net.tracking(1);
-    assert!(tracking.voids(replica).is_empty(), "nobody knows of this life yet");
+    assert!(tracking.gaps_closed(replica).is_empty(), "nobody knows of this life yet");
 }
 
 #[test]
@@ -355,8 +357,8 @@ fn a_large_state_travels_in_messages_of_bounded_size() {
         fn clock(&self) -> Timestamp {
             self.1.clock()
         }
-        fn promise(&self) -> Timestamp {
-            Timestamp(5000)
+        fn lost_after(&self) -> Option<Timestamp> {
+            None
         }
         fn has_gap(&self, _: PartitionId) -> bool {
             false

@@ -123,6 +123,13 @@ impl SeenOrigin {
         self.first_lacked(other).is_none()
     }
 
+    /// `Some(t0)` if the other has seen dots that are not here: all of them are stamped later, and
+    /// all that it has seen before them is here.
+    #[must_use]
+    pub fn lacks(&self, other: &SeenOrigin) -> Option<Timestamp> {
+        self.first_lacked(other).map(|sequence| self.stamp_before(sequence))
+    }
+
     /// `(first, last, stamp)` of every run, rising.
     fn runs(&self) -> impl Iterator<Item = (u64, u64, Timestamp)> + '_ {
         let base = (self.base > 0).then_some((1, self.base, self.base_stamp));
@@ -348,11 +355,7 @@ impl SeenSet {
     /// than `t0`. It is not touched by gaps that the other has as well.
     #[must_use]
     pub fn lacks(&self, other: &SeenSet) -> Option<Timestamp> {
-        let before = |(origin, seen): (OriginId, &SeenOrigin)| {
-            let own = self.of(origin);
-            own.first_lacked(seen).map(|sequence| own.stamp_before(sequence))
-        };
-        other.iter().filter_map(before).min()
+        other.iter().filter_map(|(origin, seen)| self.of(origin).lacks(seen)).min()
     }
 
     /// How many writes the other has seen that this set lacks.

@@ -24,6 +24,8 @@ pub use flags::{
     PEER_LISTEN_DEFAULT, ZSTD_LEVEL,
 };
 
+use crate::cluster_key::ClusterKey;
+use crate::members::Members;
 use crate::units::{Size, Span};
 use flags::check_address;
 
@@ -38,6 +40,8 @@ pub struct Config {
     /// None when switched off.
     pub admin_listen: Option<SocketAddr>,
     pub join: Vec<String>,
+    pub cluster_key_file: Option<PathBuf>,
+    pub insecure_public: bool,
     pub advertise: Option<String>,
     pub dc: String,
     pub rack: String,
@@ -118,6 +122,8 @@ impl Config {
             peer_listen,
             admin_listen,
             join: flags.join.map(|list| list.0).unwrap_or_default(),
+            cluster_key_file: flags.cluster_key_file,
+            insecure_public: public,
             advertise: flags.advertise.map(|host| name("advertise", host)).transpose()?,
             dc: name("dc", flags.dc.unwrap_or_else(|| "dc1".to_owned()))?,
             rack: name("rack", flags.rack.unwrap_or_else(|| "rack1".to_owned()))?,
@@ -232,6 +238,21 @@ impl Config {
     pub fn shard_count(&self, existing: Option<u32>) -> u32 {
         let by_cores = || u32::try_from(self.cores.len()).unwrap_or(SHARDS_MAX).min(SHARDS_MAX);
         existing.or(self.shards).unwrap_or_else(by_cores)
+    }
+
+    /// The key of the cluster that these members form.
+    ///
+    /// # Errors
+    /// The file cannot be used, or is missing where the members' list is known to strangers.
+    pub fn cluster_key(&self, members: &Members) -> Result<ClusterKey, String> {
+        match &self.cluster_key_file {
+            Some(path) => ClusterKey::read(path),
+            None if self.insecure_public => {
+                Err("cluster-key-file: needed where others than this machine reach the peers' port"
+                    .to_owned())
+            }
+            None => Ok(ClusterKey::of_members(members.digest())),
+        }
     }
 
     /// Disk space that is kept, on a disk of so many bytes.

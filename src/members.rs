@@ -10,7 +10,7 @@
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use annulus_cluster::{NodeId, NodeInfo, Weight};
 use annulus_engine::checksum;
@@ -187,7 +187,7 @@ fn parse(entry: &str) -> Result<NodeInfo, String> {
     Ok(NodeInfo { id: NodeId(0), peer: peer.to_owned(), client: String::new(), dc, rack, weight })
 }
 
-fn fail(path: &PathBuf, error: &io::Error) -> String {
+fn fail(path: &Path, error: &io::Error) -> String {
     format!("{}: {error}", path.display())
 }
 

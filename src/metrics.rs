@@ -108,6 +108,16 @@ numbers! {
     cache_misses;
     /// Blocks or records that failed their checksum.
     corruptions;
+    /// Messages of other nodes' shards.
+    peer_messages;
+    /// Messages and records of other nodes that were refused.
+    peer_refused;
+    /// Requests handed on to the nodes that have their keys.
+    forwarded;
+    /// Records that this replica lacked and another brought.
+    synced_records;
+    /// Reads that found a replica stale and mended it.
+    read_repairs;
     /// Nanoseconds during which writes were slowed because compaction was behind.
     write_delay_nanos;
     /// Times the shard's loop ran.

@@ -197,6 +197,8 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         cache: RefCell::new(BlockCache::new(options.cache_size)),
         versions: RefCell::new(versions),
         ceiling_at: Cell::new(ceiling_at),
+        control_at: Cell::default(),
+        whole: Cell::new(false),
         unsettled: RefCell::new(Unsettled::new()),
         space: SpaceWatch::new(thresholds, space),
         stats: RefCell::default(),
@@ -253,6 +255,8 @@ fn versions(
     let seen = replicas.partitions().map(|id| replicas.of(id).seen.last(own));
     let sequence = seen.fold(found.sequence, u64::max);
     let mut versions = Versions::starting_above(floor, sequence, identity.partition_bits);
+    let stamps = replicas.partitions().map(|id| replicas.of(id).seen.of(own).last_stamp());
+    versions.set_recovered(stamps.max().unwrap_or_default());
     for partition in replicas.partitions() {
         let replica = replicas.of(partition);
         if replica.incarnation > FIRST_INCARNATION {

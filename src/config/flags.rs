@@ -162,8 +162,14 @@ options! {
     /// Whoever reaches the port then owns the data: only on a network of your own [default: false]
     insecure_public: bool, "ANNULUS_INSECURE_PUBLIC", "BOOL",
         [num_args = 0..=1, default_missing_value = "true", require_equals = true];
-    /// Nodes of a cluster to join, with their peer ports [default: none, a cluster of one]
+    /// All members of a cluster by their peer addresses, this node among them; the same list for
+    /// every member. An entry may name place and weight: H:P@DC/RACK/100.
+    /// Fixed at the first start [default: none, a cluster of one]
     join: AddressList, "ANNULUS_JOIN", "H:P,...";
+    /// File whose content all members of a cluster share and nobody else has, 16 bytes or more.
+    /// Identity and secrets of the cluster follow from it [default: from the list of members,
+    /// which is no secret; not allowed with insecure-public]
+    cluster_key_file: PathBuf, "ANNULUS_CLUSTER_KEY_FILE", "FILE";
     /// Host name or address under which others reach this node.
     /// Change it when the listen address is a wildcard or behind NAT [default: the listen address]
     advertise: String, "ANNULUS_ADVERTISE", "HOST";

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 
+use annulus_cluster::NodeId;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::Token;
 use annulus_engine::runtime::Runtime;
@@ -22,6 +23,15 @@ pub type AdminJob = Pin<Box<dyn Future<Output = Result<Vec<u8>, (Status, String)
 pub trait AdminDesk {
     /// Begins a command; `stats` is the STATS request.
     fn begin(&self, command: &str, arguments: &str) -> AdminJob;
+
+    /// Where clients reach this node.
+    fn client_address(&self) -> String;
+
+    /// Where clients reach another node, and how many shards it has; 0 if that is not known.
+    fn note_client(&self, node: NodeId, address: &str, shard_count: u32);
+
+    /// Another node has a newer catalogue: makes it this node's.
+    fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob;
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {

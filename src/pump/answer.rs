@@ -3,6 +3,8 @@
 //! A request comes from a connection, from a batch, or from another shard; its answer is the same
 //! three ways. Invariant: an [`Origin`] is consumed by exactly one answer.
 
+use annulus_cluster::coordinator::OpId;
+use annulus_cluster::tracking::PeerShard;
 use annulus_net::server_connection::{Replies, Ticket};
 use annulus_net::wire::frame::Opcode;
 use annulus_net::wire::response::{self, BatchResults, Failure, ReadFacts, ValueRef, WriteFacts};
@@ -34,6 +36,22 @@ pub enum Origin {
         /// Its number for the request.
         id: u64,
     },
+    /// A write that a coordinator on another node wants merged here.
+    Replica {
+        /// The coordinator.
+        from: PeerShard,
+        /// Its number for the write.
+        id: u64,
+    },
+    /// A client's request that another node handed on.
+    Forward {
+        /// That node's shard.
+        from: PeerShard,
+        /// Its number for the request.
+        id: u64,
+    },
+    /// This shard's own part of a write that it coordinates.
+    Operation(OpId),
 }
 
 /// What to answer.

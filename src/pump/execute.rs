@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 
+use annulus_cluster::tracking::PeerShard;
 use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::{BoundContext, Context, KeyState};
@@ -45,11 +46,17 @@ pub(super) enum Target<'r, 's> {
     Batch(&'r mut BatchResults, usize, u32, Opcode),
     /// Another shard, by its outbox.
     Shard(&'r mut Vec<(u32, Message)>, u32, u64),
+    /// Another node, which handed the request on.
+    Forward(&'r mut Vec<(PeerShard, u64, Status, Vec<u8>)>, PeerShard, u64),
 }
 
 impl Target<'_, '_> {
-    fn answer(self, answer: &Answer<'_>) {
+    pub(super) fn answer(self, answer: &Answer<'_>) {
         match self {
+            Target::Forward(answers, from, id) => {
+                let (status, body) = answer.to_bytes();
+                answers.push((from, id, status, body));
+            }
             Target::Connection(replies, _, ticket) => answer.to_connection(replies, ticket),
             Target::Batch(results, _, index, verb) => answer.to_batch(results, index, verb),
             Target::Shard(outbox, shard, id) => {
@@ -59,8 +66,9 @@ impl Target<'_, '_> {
         }
     }
 
-    fn defer(self) -> Origin {
+    pub(super) fn defer(self) -> Origin {
         match self {
+            Target::Forward(_, from, id) => Origin::Forward { from, id },
             Target::Connection(_, connection, ticket) => Origin::Connection(connection, ticket),
             Target::Batch(_, batch, index, verb) => Origin::Batch { batch, index, verb },
             Target::Shard(_, shard, id) => Origin::Shard { shard, id },
@@ -88,7 +96,7 @@ pub(super) fn failure_of<'a>(error: &Error, message: &'a str) -> Failure<'a> {
 }
 
 /// Shows a found record's live values to `show`, with the context's bytes.
-fn with_values<T>(
+pub(super) fn with_values<T>(
     record: Option<&RecordRef<'_>>,
     wall: WallMicros,
     version_only: bool,
@@ -173,6 +181,30 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
+    /// An operation that another node handed on, `hops` times in all.
+    pub(super) fn execute_forwarded(
+        &mut self,
+        (from, id): (PeerShard, u64),
+        deadline: Instant,
+        hops: u8,
+        operation: &Operation<'_>,
+    ) {
+        let mut answers = Vec::new();
+        let target = Target::Forward(&mut answers, from, id);
+        if deadline <= self.now {
+            let failure = Failure::new(Status::EXPIRED, "the deadline had passed");
+            target.answer(&Answer::Failure(failure));
+        } else if self.map.shard_of(operation.token()) != self.map.own() {
+            let failure = Failure::new(Status::UNAVAILABLE, "the key is on another shard");
+            target.answer(&Answer::Failure(failure));
+        } else {
+            self.coordinate(target, deadline, hops, operation);
+        }
+        for (from, id, status, body) in answers {
+            self.answer_forwarded(from, id, status, &body);
+        }
+    }
+
     fn route(&mut self, target: Target<'_, '_>, deadline: Instant, operation: &Operation<'_>) {
         let shard = self.map.shard_of(operation.token());
         if shard == self.map.own() {
@@ -188,6 +220,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
+    /// One operation of this shard's keys.
     fn execute(&mut self, target: Target<'_, '_>, deadline: Instant, operation: &Operation<'_>) {
         if deadline <= self.now {
             let failure = Failure::new(Status::EXPIRED, "the deadline had passed");
@@ -200,6 +233,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 [options.level, options.primary, options.durable]
             }
         };
+        if self.replication.is_some() {
+            return self.coordinate(target, deadline, 0, operation);
+        }
         if levels.iter().any(|level| matches!(level, Level::Count(2..))) {
             let failure = Failure::new(
                 Status::UNAVAILABLE,
@@ -226,7 +262,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     }
 
     /// The moment from which a value is gone, in milliseconds since 2024-01-01; 0 is never.
-    fn expiry(&self, namespace: NamespaceId, ttl: Ttl) -> Result<u64, Failure<'static>> {
+    pub(super) fn expiry(&self, namespace: NamespaceId, ttl: Ttl) -> Result<u64, Failure<'static>> {
         let millis = match ttl {
             Ttl::Never => 0,
             Ttl::Default => self.namespace(namespace)?.ttl_ms,
@@ -241,16 +277,19 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         Ok(if millis == 0 { 0 } else { self.wall.as_millis() + millis })
     }
 
-    /// Every write at or below this stamp is in what a read finds now.
-    fn as_of(&self) -> Timestamp {
-        self.shard.complete_up_to(self.wall)
+    /// Every write at or below this stamp is in what a read of the key finds now.
+    fn as_of(&self, token: Token, namespace: NamespaceId) -> Timestamp {
+        match &self.replication {
+            None => self.shard.complete_up_to(self.wall),
+            Some(_) => self.standing(token.partition(self.map.partition_bits()), namespace).0,
+        }
     }
 
-    fn get(&mut self, target: Target<'_, '_>, deadline: Instant, get: &Get<'_>) {
+    pub(super) fn get(&mut self, target: Target<'_, '_>, deadline: Instant, get: &Get<'_>) {
         if let Err(failure) = self.namespace(get.namespace) {
             return target.answer(&Answer::Failure(failure));
         }
-        let as_of = self.as_of();
+        let as_of = self.as_of(get.token, get.namespace);
         let (wall, secret) = (self.wall, self.secret);
         let version_only = get.flags.has(OperationFlags::VERSION_ONLY);
         let trace = if get.flags.has(OperationFlags::TRACE) {
@@ -303,44 +342,21 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    fn write(
+    pub(super) fn write(
         &mut self,
         target: Target<'_, '_>,
         deadline: Instant,
-        (token, namespace_id, key): (Token, NamespaceId, &[u8]),
+        wanted: (Token, NamespaceId, &[u8]),
         value: Option<&[u8]>,
         expiry_ms: u64,
         options: &WriteOptions<'_>,
     ) {
-        let namespace = match self.namespace(namespace_id) {
-            Ok(namespace) => namespace,
+        let (mutation, context) = match self.mutation(wanted, value, expiry_ms, options) {
+            Ok(mutation) => mutation,
             Err(failure) => return target.answer(&Answer::Failure(failure)),
         };
-        let merge = Self::merge_of(namespace);
-        let context = match options.context {
-            None => None,
-            Some(bytes) => match self.open_context(namespace_id, token, bytes) {
-                Ok(context) => Some(context),
-                Err(failure) => return target.answer(&Answer::Failure(failure)),
-            },
-        };
-        let condition = match options.condition {
-            fields::Condition::Always => Condition::None,
-            fields::Condition::IfAbsent => Condition::Absent,
-            fields::Condition::IfVersion(version) => {
-                Condition::Version(version.timestamp, version.dot)
-            }
-        };
-        let mutation = Mutation {
-            token,
-            namespace: namespace_id,
-            merge,
-            key,
-            value,
-            expiry_ms,
-            context: context.as_ref(),
-            condition,
-        };
+        let mutation = Mutation { context: context.as_ref(), ..mutation };
+        let (_, _, key) = wanted;
         let bytes = key.len() + value.map_or(0, <[u8]>::len);
         if Shard::<D, R>::needs_read(&mutation) {
             return self.write_after_read(target, deadline, &mutation, options.flags);
@@ -371,6 +387,39 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             origin: Some(target.defer()),
             trace,
         });
+    }
+
+    /// What is to be written, and the context that came with it, which belongs into it.
+    pub(super) fn mutation<'a>(
+        &self,
+        (token, namespace_id, key): (Token, NamespaceId, &'a [u8]),
+        value: Option<&'a [u8]>,
+        expiry_ms: u64,
+        options: &WriteOptions<'_>,
+    ) -> Result<(Mutation<'a>, Option<Context>), Failure<'static>> {
+        let merge = Self::merge_of(self.namespace(namespace_id)?);
+        let context = options
+            .context
+            .map(|bytes| self.open_context(namespace_id, token, bytes))
+            .transpose()?;
+        let condition = match options.condition {
+            fields::Condition::Always => Condition::None,
+            fields::Condition::IfAbsent => Condition::Absent,
+            fields::Condition::IfVersion(version) => {
+                Condition::Version(version.timestamp, version.dot)
+            }
+        };
+        let mutation = Mutation {
+            token,
+            namespace: namespace_id,
+            merge,
+            key,
+            value,
+            expiry_ms,
+            context: None,
+            condition,
+        };
+        Ok((mutation, context))
     }
 
     fn open_context(
@@ -540,6 +589,27 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
             },
             Done::Admin { origin, reply } => self.answer_admin(origin, reply, wires),
+            Done::Merged { origin, merged } => match (origin, merged) {
+                (Some((from, id)), Ok(())) => self.acknowledge(from, id),
+                (Some((from, id)), Err(error)) => self.refuse_write(from, id, &error),
+                (None, _) => {}
+            },
+            Done::ReplicaRead { from, id, want, as_of, is_primary, found } => {
+                self.finish_replica_read(from, id, want, (as_of, is_primary), found);
+            }
+            Done::OwnWrite { own, outcome, begun, record } => {
+                self.own_write_done(&own, outcome, begun, record, wires);
+            }
+            Done::OwnRead { op, as_of, is_primary, found } => {
+                self.own_read_done(op, (as_of, is_primary), found);
+            }
+            Done::Adopted(adopted) => {
+                if let Err((_, what)) = adopted {
+                    tracing::warn!(what, "another node's namespaces were not taken over");
+                }
+            }
+            Done::SyncServed { to, page } => self.sync_served(to, page),
+            Done::SyncMerged { id, merged } => self.sync_merged(id, merged),
         }
     }
 
@@ -552,7 +622,7 @@ fn too_many_forwarded() -> Failure<'static> {
     Failure::new(Status::BUSY, "the key's shard is overloaded").retry_after(5)
 }
 
-fn sign(
+pub(super) fn sign(
     context: Context,
     secret: annulus_engine::model::causality::ContextSecret,
     namespace: NamespaceId,

@@ -42,6 +42,12 @@ impl ShardMap {
         self.own
     }
 
+    /// Logarithm of the number of partitions.
+    #[must_use]
+    pub fn partition_bits(&self) -> u32 {
+        self.partition_bits
+    }
+
     /// How many shards there are.
     #[must_use]
     pub fn count(&self) -> u32 {

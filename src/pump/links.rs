@@ -5,7 +5,7 @@
 //! overtake one longer than a frame. What was under way when a link broke is lost.
 
 use annulus_cluster::NodeId;
-use annulus_cluster::message::PeerMessage;
+use annulus_cluster::tracking::PeerShard;
 
 /// Messages of one lane never wait for those of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,20 +48,28 @@ pub struct LinkDown;
 
 /// The shards of other nodes. The sockets implement it, and so does the simulated network.
 pub trait Links {
-    /// Sends a message to a shard of another node.
+    /// Sends a message, encoded, to a shard of another node.
     ///
     /// # Errors
     /// [`LinkDown`]: it was dropped.
-    fn send(
-        &mut self,
-        to: NodeId,
-        shard: u32,
-        lane: Lane,
-        message: &PeerMessage<'_>,
-    ) -> Result<(), LinkDown>;
+    fn send(&mut self, to: PeerShard, lane: Lane, message: &[u8]) -> Result<(), LinkDown>;
 
     /// Whether a foreground link to the node stands.
     fn is_up(&self, node: NodeId) -> bool;
+}
+
+/// The links of a node that has no peers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoLinks;
+
+impl Links for NoLinks {
+    fn send(&mut self, _: PeerShard, _: Lane, _: &[u8]) -> Result<(), LinkDown> {
+        Err(LinkDown)
+    }
+
+    fn is_up(&self, _: NodeId) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

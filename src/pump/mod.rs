@@ -17,6 +17,7 @@ mod answer;
 mod execute;
 mod forward;
 mod links;
+mod replication;
 mod revive;
 mod scan;
 mod sessions;
@@ -33,14 +34,19 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
+use annulus_cluster::Topology;
+use annulus_cluster::coordinator::OpId;
+use annulus_cluster::message::Want;
+use annulus_cluster::tracking::PeerShard;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::ContextSecret;
-use annulus_engine::model::{Instant, NamespaceId, Token, WallMicros};
+use annulus_engine::model::{Instant, NamespaceId, Record, Timestamp, Token, WallMicros};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Found, Merge, Outcome, Shard};
 use annulus_net::server_connection::{
     Arrival, MemoryBudget, Received, Replies, ServerConnection, ServerFacts, Ticket,
 };
+use annulus_net::wire::hello::{Node as NodeFact, Run};
 use annulus_net::wire::peek;
 use annulus_net::wire::request::Request;
 use annulus_net::wire::response::{BatchResults, Failure, Page};
@@ -51,11 +57,13 @@ use futures_util::stream::FuturesUnordered;
 pub use admin::{AdminDesk, AdminJob, disk_level};
 pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
-pub use links::{Lane, LinkDown, Links};
+pub use links::{Lane, LinkDown, Links, NoLinks};
+pub use replication::ReplicationOptions;
 
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
+use replication::{MergedPage, OwnWrite, Replication};
 use revive::Revival;
 use sessions::{Session, Sessions};
 use waiting::WaitingTasks;
@@ -146,6 +154,46 @@ enum Done {
         origin: Origin,
         reply: Result<Vec<u8>, (Status, String)>,
     },
+    /// A record of a coordinator was merged, and is visible if somebody waits for it.
+    Merged {
+        origin: Option<(PeerShard, u64)>,
+        merged: annulus_engine::Result<()>,
+    },
+    /// A read for a coordinator on another node.
+    ReplicaRead {
+        from: PeerShard,
+        id: u64,
+        want: Want,
+        as_of: Timestamp,
+        is_primary: bool,
+        found: annulus_engine::Result<Found>,
+    },
+    /// This shard's own part of a write that read the key first.
+    OwnWrite {
+        own: Box<OwnWrite>,
+        outcome: annulus_engine::Result<Outcome>,
+        begun: bool,
+        record: Option<Record>,
+    },
+    /// This shard's own part of a read over the replicas.
+    OwnRead {
+        op: OpId,
+        as_of: Timestamp,
+        is_primary: bool,
+        found: annulus_engine::Result<Found>,
+    },
+    /// Another node's newer catalogue was made this node's, or could not be.
+    Adopted(Result<(), (Status, String)>),
+    /// A page for a replica that catches up.
+    SyncServed {
+        to: PeerShard,
+        page: annulus_engine::Result<Vec<u8>>,
+    },
+    /// A page of a helper was merged, all of it visible.
+    SyncMerged {
+        id: u64,
+        merged: annulus_engine::Result<MergedPage>,
+    },
 }
 
 type Task = Pin<Box<dyn Future<Output = Done>>>;
@@ -176,6 +224,8 @@ pub struct Pump<D: Disk, R: Runtime> {
     next_forward: u64,
     outbox: Vec<(u32, Message)>,
     desk: Rc<dyn AdminDesk>,
+    /// What a member of a cluster has on top; none in a node of its own.
+    replication: Option<Box<Replication>>,
     metrics: Rc<RefCell<ShardMetrics>>,
     /// Gets of this turn that needed no disk.
     answered_at_once: u64,
@@ -203,6 +253,8 @@ pub struct PumpOptions {
     pub message_memory: usize,
     /// Answers ADMIN and STATS.
     pub desk: Rc<dyn AdminDesk>,
+    /// The other members; none for a node of its own.
+    pub replication: Option<ReplicationOptions>,
 }
 
 impl<D: Disk, R: Runtime> std::fmt::Debug for Pump<D, R> {
@@ -237,6 +289,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             next_forward: 0,
             outbox: Vec::new(),
             desk: options.desk,
+            replication: options
+                .replication
+                .map(|replication| Box::new(Replication::new(replication, options.map, now))),
             metrics: Rc::default(),
             answered_at_once: 0,
             now,
@@ -398,7 +453,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     }
 
     /// Does what is due: finished tasks, visible writes, deadlines. Returns whether anything was.
-    pub fn turn(&mut self, wires: &mut dyn Wires, peers: &mut dyn Peers) -> bool {
+    pub fn turn(
+        &mut self,
+        wires: &mut dyn Wires,
+        peers: &mut dyn Peers,
+        links: &mut dyn Links,
+    ) -> bool {
         let mut worked = self.poll_tasks(wires);
         worked |= self.answer_writes(wires);
         if self.shard.is_poisoned() {
@@ -416,6 +476,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if self.now >= self.next_session_sweep {
             self.next_session_sweep = self.now.after_nanos(SESSION_SWEEP_NANOS);
             worked |= self.sweep_sessions(wires);
+        }
+        if self.replication.is_some() {
+            worked |= self.replicate(wires, links);
         }
         self.send_messages(wires, peers) | worked
     }
@@ -438,14 +501,15 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// When [`Pump::turn`] must be called though nothing arrives: deadlines of what waits.
     #[must_use]
-    pub fn next_timeout(&self) -> Option<Instant> {
+    pub fn next_timeout(&mut self) -> Option<Instant> {
+        let replication = self.replication.as_mut().map(|replication| replication.next_timeout());
         let waits = !self.writes.is_empty() || !self.tasks.is_empty() || !self.forwarded.is_empty();
         if waits {
             let held = self.writes.held_until(self.shard.visible());
-            return Some(held.map_or(self.next_sweep, |held| held.min(self.next_sweep)));
+            return replication.into_iter().chain(held).chain([self.next_sweep]).min();
         }
         let sessions = (!self.sessions.is_empty()).then_some(self.next_session_sweep);
-        sessions.into_iter().chain(self.revival.next_timeout()).min()
+        sessions.into_iter().chain(self.revival.next_timeout()).chain(replication).min()
     }
 
     /// New requests are refused from now on; those in flight are finished.
@@ -464,13 +528,27 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         self.writes.is_empty()
             && self.tasks.is_empty()
             && self.forwarded.is_empty()
+            && self.replication.as_ref().is_none_or(|replication| replication.is_idle())
             && self.sessions.values().all(|session| session.wire.in_flight() == 0)
+    }
+
+    /// Clients are told of another partition map from now on.
+    pub fn set_map(&mut self, version: u64, runs: Vec<Run>, nodes: Vec<NodeFact>) {
+        let welcome = &mut Rc::make_mut(&mut self.facts).welcome;
+        (welcome.map_version, welcome.runs, welcome.nodes) = (version, runs, nodes);
+    }
+
+    /// Members and placement; none for a node of its own.
+    #[must_use]
+    pub fn topology(&self) -> Option<&Topology> {
+        self.replication.as_ref().map(|replication| replication.topology())
     }
 
     /// The namespaces have changed.
     pub fn set_catalogue(&mut self, catalogue: Rc<Catalogue>) {
         Rc::make_mut(&mut self.facts).welcome.namespaces = admin::namespace_facts(&catalogue);
         self.catalogue = catalogue;
+        self.spread_settings();
     }
 
     /// The shard's numbers, for other threads.
@@ -542,6 +620,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 let (status, body) = answer.to_bytes();
                 self.outbox.push((shard, Message::Answer { id, status, body }));
             }
+            Origin::Replica { from, id } => self.answer_replica(from, id, answer),
+            Origin::Forward { from, id } => {
+                let (status, body) = answer.to_bytes();
+                self.answer_forwarded(from, id, status, &body);
+            }
+            Origin::Operation(operation) => self.local_done(operation, answer),
         }
     }
 

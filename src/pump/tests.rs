@@ -52,6 +52,16 @@ impl AdminDesk for NoDesk {
     fn begin(&self, _command: &str, _arguments: &str) -> AdminJob {
         Box::pin(std::future::ready(Ok(Vec::new())))
     }
+
+    fn client_address(&self) -> String {
+        String::new()
+    }
+
+    fn note_client(&self, _node: annulus_cluster::NodeId, _address: &str, _shards: u32) {}
+
+    fn adopt_catalogue(&self, _bytes: &[u8]) -> AdminJob {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 }
 
 struct World {
@@ -109,6 +119,7 @@ impl World {
             catalogue: Rc::new(Catalogue::new(Compression::Lz4)),
             message_memory: 1 << 20,
             desk: Rc::new(NoDesk),
+            replication: None,
         };
         let pump = Pump::new(shard.expect("the shard opens"), runtime, options);
         World { executor, disk, pump, asker: Asker::default(), next_id: 0 }
@@ -156,7 +167,7 @@ impl World {
     fn turn(&mut self) -> Instant {
         let runtime = self.executor.runtime();
         self.pump.tick(runtime.now());
-        self.pump.turn(&mut NoWires, &mut self.asker);
+        self.pump.turn(&mut NoWires, &mut self.asker, &mut NoLinks);
         self.executor.run(runtime.sleep_until(runtime.now().after_nanos(300_000)));
         runtime.now()
     }

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use annulus_cluster::NodeId;
 use annulus_engine::driver::RingDisk;
 use annulus_engine::model::PartitionId;
 use annulus_net::wire::status::Status;
@@ -13,6 +14,7 @@ use futures_channel::oneshot;
 use futures_util::StreamExt as _;
 use serde_json::json;
 
+use super::map::ClientFacts;
 use super::node::{Ask, Node, NodeFacts, State};
 use crate::admin::Source as _;
 use crate::commands::{
@@ -20,6 +22,7 @@ use crate::commands::{
     apply_to_namespaces,
 };
 use crate::metrics::NodeSnapshot;
+use crate::namespaces::Catalogue;
 use crate::pump::{AdminDesk, AdminJob, ShardMap};
 
 /// Directory of the snapshots inside the data directory.
@@ -47,6 +50,28 @@ impl AdminDesk for Desk {
                 Ok(command) => desk.carry_out(command).await,
                 Err(what) => Err((Status::BAD_REQUEST, what)),
             }
+        })
+    }
+
+    fn client_address(&self) -> String {
+        self.node.client_address()
+    }
+
+    fn note_client(&self, node: NodeId, address: &str, shard_count: u32) {
+        self.node.note_client(node, ClientFacts { address: address.to_owned(), shard_count });
+    }
+
+    fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob {
+        let (desk, bytes) = (self.clone(), bytes.to_vec());
+        Box::pin(async move {
+            let path = desk.node.config().data_dir.join(crate::namespaces::FILE_NAME);
+            let catalogue = Catalogue::decode(&bytes, &path).map_err(failed)?;
+            let _one_change_at_a_time = desk.node.changing.lock().await;
+            if catalogue.generation() > desk.node.catalogue().generation() {
+                catalogue.save(&desk.disk, &desk.node.config().data_dir).await.map_err(failed)?;
+                desk.node.set_catalogue(catalogue);
+            }
+            Ok(Vec::new())
         })
     }
 }
@@ -179,7 +204,7 @@ impl Desk {
         }
         self.node.catalogue().save(&self.disk, dir).await.map_err(failed)?;
         let (from, to) = (data_dir.to_owned(), dir.to_owned());
-        on_a_thread(move || super::shard::copy_secret(&from, &to)).await
+        on_a_thread(move || super::claim::copy_secret(&from, &to)).await
     }
 }
 

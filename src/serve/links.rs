@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use annulus_cluster::NodeId;
-use annulus_cluster::message::PeerMessage;
+use annulus_cluster::tracking::PeerShard;
 use annulus_engine::model::{Instant, OriginId};
 use annulus_net::driver::{ClosedBy, ConnId, Connections};
 use annulus_net::peer_connection::{PeerFacts, PeerTarget};
@@ -418,14 +418,8 @@ impl LinkSet {
 }
 
 impl Links for LinkSet {
-    fn send(
-        &mut self,
-        to: NodeId,
-        shard: u32,
-        lane: Lane,
-        message: &PeerMessage<'_>,
-    ) -> Result<(), LinkDown> {
-        let sent = self.try_send(to, shard, lane, message);
+    fn send(&mut self, to: PeerShard, lane: Lane, message: &[u8]) -> Result<(), LinkDown> {
+        let sent = self.try_send(to.node, to.shard, lane, message);
         match sent {
             Some(()) => self.stats.sent += 1,
             None => self.stats.refused += 1,
@@ -439,13 +433,7 @@ impl Links for LinkSet {
 }
 
 impl LinkSet {
-    fn try_send(
-        &mut self,
-        to: NodeId,
-        shard: u32,
-        lane: Lane,
-        message: &PeerMessage<'_>,
-    ) -> Option<()> {
+    fn try_send(&mut self, to: NodeId, shard: u32, lane: Lane, message: &[u8]) -> Option<()> {
         let index = match self.index.get(&(to, shard, lane)) {
             Some(index) => *index,
             None => {
@@ -463,7 +451,7 @@ impl LinkSet {
             return None;
         }
         self.scratch.clear();
-        message.encode(&mut self.scratch);
+        self.scratch.extend_from_slice(message);
         let link = &mut self.links[index];
         let waits = link.queued();
         if self.scratch.len() > self.facts.options.message_size_max

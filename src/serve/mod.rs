@@ -10,8 +10,10 @@
 //! Invariant: nothing is printed as ready before every shard has opened and listens; nothing is
 //! answered as done after a drain began that is not durable when the process ends.
 
+mod claim;
 mod desk;
 mod links;
+mod map;
 mod node;
 mod shard;
 
@@ -29,7 +31,7 @@ use signal_hook::iterator::Signals;
 
 use crate::admin::Admin;
 use crate::config::Config;
-use node::{Node, NodeFacts, PeerTopology, State};
+use node::{Node, NodeFacts, State};
 use shard::ShardStart;
 
 /// Messages that one shard may have waiting for another.
@@ -83,30 +85,20 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     ignore_signals();
     let config = Arc::new(config);
     let (tell, told) = mpsc::channel();
-    if !config.join.is_empty() {
-        return Err(ServeError::new(
-            "join: nodes do not form clusters yet; a node that was asked to join would serve alone",
-        ));
-    }
     check_port(config.listen)?;
     let first_listener = listen(config.listen).map_err(ServeError::new)?;
     let client = first_listener.local_addr().map_err(ServeError::new)?;
-    let topology = Arc::new(PeerTopology::default());
     check_port(config.peer_listen)?;
     let first_peer_listener = listen_for_peers(config.peer_listen).map_err(ServeError::new)?;
     let peer = first_peer_listener.local_addr().map_err(ServeError::new)?;
-    let has_peers = !topology.peers.is_empty();
-    // Held even if there are no peers, so that no other process gets the port.
-    let mut peer_listener = Some(first_peer_listener);
     watch_signals(tell.clone())?;
 
-    let node = Arc::new(Node::new(Arc::clone(&config), client));
+    let node = Arc::new(Node::new(Arc::clone(&config), client, peer));
     let first = ShardStart {
         index: 0,
         node: Arc::clone(&node),
         listener: Some(first_listener),
-        peer_listener: peer_listener.take_if(|_| has_peers),
-        topology: Arc::clone(&topology),
+        peer_listener: Some(first_peer_listener),
     };
     let mut threads = vec![(0, start_thread(first, &config, &tell)?)];
     let facts = loop {
@@ -118,6 +110,7 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
         }
     };
     let shards = facts.shard_count;
+    let has_peers = facts.members.is_some();
     node.set_facts(facts, Mesh::new(shards as usize, MESH_CAPACITY));
     for index in 1..shards {
         let listener = listen(client).map_err(ServeError::new)?;
@@ -129,7 +122,6 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
                 true => Some(listen_for_peers(peer).map_err(ServeError::new)?),
                 false => None,
             },
-            topology: Arc::clone(&topology),
         };
         threads.push((index, start_thread(start, &config, &tell)?));
     }
@@ -187,7 +179,6 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     };
     let finished = finish(&node, threads, &told);
     drop(admin);
-    drop(peer_listener);
     match ended {
         Some(what) => Err(ServeError::new(what)),
         None => finished,

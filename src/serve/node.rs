@@ -3,10 +3,12 @@
 //! Invariant: nothing here is touched by a request on the hot path. A shard looks at one atomic a
 //! turn to learn that something has changed.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, RwLock, mpsc as std_mpsc};
 
+use annulus_cluster::NodeId;
 use annulus_engine::driver::RingWaker;
 use annulus_engine::model::causality::ContextSecret;
 use annulus_engine::model::{OriginId, WallMicros};
@@ -14,9 +16,10 @@ use annulus_net::driver::{Detached, Mesh};
 use futures_channel::mpsc;
 use futures_channel::oneshot;
 
-use super::links::PeerAddress;
+use super::map::ClientFacts;
 use crate::admin::Source;
 use crate::config::Config;
+use crate::members::Members;
 use crate::metrics::{DiskLevel, NodeSnapshot, Process, ShardSnapshot};
 use crate::namespaces::Catalogue;
 use crate::pump::Message;
@@ -32,17 +35,10 @@ pub(crate) struct NodeFacts {
     pub(crate) created: WallMicros,
     pub(crate) secret: ContextSecret,
     pub(crate) disk_total: u64,
-}
-
-/// The other nodes. Empty for a node that serves alone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct PeerTopology {
-    /// Of all members, for the handshake.
-    pub(crate) digest: u64,
-    /// How often this node has started.
+    /// The members of its cluster; none for a node of its own.
+    pub(crate) members: Option<Members>,
+    /// How often it has started.
     pub(crate) life: u64,
-    /// Where the others are.
-    pub(crate) peers: Vec<PeerAddress>,
 }
 
 /// Where the node is in its life.
@@ -80,6 +76,9 @@ pub(crate) struct Inbox {
 pub(crate) struct Node {
     config: Arc<Config>,
     client: SocketAddr,
+    peer: SocketAddr,
+    clients: RwLock<BTreeMap<NodeId, ClientFacts>>,
+    map_version: AtomicU64,
     facts: OnceLock<(NodeFacts, Arc<Mesh<Parcel>>)>,
     state: AtomicU8,
     /// Counts changes of state, namespaces and inboxes.
@@ -95,11 +94,14 @@ pub(crate) struct Node {
 
 impl Node {
     #[expect(clippy::disallowed_methods, reason = "the node's age, shown to people")]
-    pub(crate) fn new(config: Arc<Config>, client: SocketAddr) -> Node {
+    pub(crate) fn new(config: Arc<Config>, client: SocketAddr, peer: SocketAddr) -> Node {
         let catalogue = Catalogue::new(config.compression);
         Node {
             config,
             client,
+            peer,
+            clients: RwLock::default(),
+            map_version: AtomicU64::new(1),
             facts: OnceLock::new(),
             state: AtomicU8::new(State::Starting as u8),
             changes: AtomicU64::new(1),
@@ -114,6 +116,35 @@ impl Node {
 
     pub(crate) fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where clients reach another node.
+    pub(super) fn note_client(&self, node: NodeId, facts: ClientFacts) {
+        if facts.shard_count == 0 || facts.address.is_empty() {
+            return;
+        }
+        let mut known = self.clients.write().expect("no holder of this lock panics");
+        if known.get(&node) != Some(&facts) {
+            known.insert(node, facts);
+            drop(known);
+            self.map_version.fetch_add(1, Ordering::AcqRel);
+            self.changed();
+        }
+    }
+
+    /// Counts changes of what [`Node::clients`] says.
+    pub(super) fn map_version(&self) -> u64 {
+        self.map_version.load(Ordering::Acquire)
+    }
+
+    /// Where clients reach the nodes, as far as they have said.
+    pub(super) fn clients(&self) -> BTreeMap<NodeId, ClientFacts> {
+        self.clients.read().expect("no holder of this lock panics").clone()
+    }
+
+    /// Where peers reach the node, as it is bound.
+    pub(crate) fn peer_address(&self) -> SocketAddr {
+        self.peer
     }
 
     /// Where clients reach the node.

@@ -2,19 +2,19 @@
 //!
 //! Invariant: the only place where sockets meet the pump; it decides nothing about a request.
 
-use std::path::{Path, PathBuf};
+use std::net::ToSocketAddrs as _;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use annulus_cluster::NodeId;
 use annulus_cluster::message::MESSAGE_SIZE_MAX;
-use annulus_engine::disk::Disk;
+use annulus_cluster::tracking::PeerShard;
+use annulus_cluster::{NodeId, NodeInfo, Topology};
 use annulus_engine::driver::{HostOptions, Ring, RingDisk, ShardRuntime, Turn, drive, host};
-use annulus_engine::identity::{self, Identity};
-use annulus_engine::model::causality::ContextSecret;
+use annulus_engine::identity::Identity;
 use annulus_engine::model::limits::SIBLING_BYTES_MAX;
-use annulus_engine::model::{Instant, NamespaceId, OriginId, WallMicros};
+use annulus_engine::model::{Instant, NamespaceId, OriginId};
 use annulus_engine::options::Compression;
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
@@ -23,25 +23,29 @@ use annulus_net::driver::{
 };
 use annulus_net::peer_connection::{PeerFacts, PeerMember, PeerOptions};
 use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
-use annulus_net::wire::hello::{self, Limits, Replica, Run, Welcome};
+use annulus_net::wire::hello::{self, Limits, Welcome};
 use annulus_net::wire::peer::PeerRefusal;
 
-use super::Told;
+use super::claim::random_numbers;
 use super::desk::Desk;
-use super::links::{IncomingSet, LinkOptions, LinkSet, PeerAddress, PeerSockets};
-use super::node::{Ask, Inbox, Node, NodeFacts, Parcel, PeerTopology, State};
+use super::links::{IncomingSet, LinkChange, LinkOptions, LinkSet, PeerAddress, PeerSockets};
+use super::map::{self, ClientFacts};
+use super::node::{Ask, Inbox, Node, NodeFacts, Parcel, State};
+use super::{Told, claim};
 use crate::metrics::ShardSnapshot;
 use crate::namespaces::Catalogue;
 use crate::pump::{
-    ConnectionKey, Message, Peers, Pump, PumpOptions, ShardMap, Verdict, Wires, disk_level,
+    ConnectionKey, Message, NoLinks, Peers, Pump, PumpOptions, ReplicationOptions, ShardMap,
+    Verdict, Wires, disk_level,
 };
 
-/// File of the secret under which contexts are signed: 16 bytes.
-const SECRET_NAME: &str = "SECRET";
 /// How often the numbers that the node shows are refreshed, in nanoseconds.
 const NOTE_NANOS: u64 = 250_000_000;
 /// Results of one batch and long replies of one connection, in bytes.
 const LONG_BYTES_MIN: usize = 4 << 20;
+
+/// Bytes of memory that the messages of one turn leave behind for the next.
+const LETTERS_KEPT: usize = 1 << 20;
 
 /// What a shard's thread begins with.
 pub(crate) struct ShardStart {
@@ -50,19 +54,11 @@ pub(crate) struct ShardStart {
     pub(crate) listener: Option<std::net::TcpListener>,
     /// On the peers' address; only if there are peers.
     pub(crate) peer_listener: Option<std::net::TcpListener>,
-    pub(crate) topology: Arc<PeerTopology>,
 }
 
 /// Directory of a shard inside the data directory.
 pub(crate) fn dir_name(shard: usize) -> String {
     format!("shard-{shard:03}")
-}
-
-/// Copies the secret into a snapshot.
-pub(crate) fn copy_secret(from: &Path, to: &Path) -> Result<(), String> {
-    std::fs::copy(from.join(SECRET_NAME), to.join(SECRET_NAME))
-        .map(drop)
-        .map_err(|error| format!("{SECRET_NAME}: {error}"))
 }
 
 /// Runs the shard to its end.
@@ -72,13 +68,14 @@ pub(crate) async fn run(
     runtime: ShardRuntime,
     tell: &mpsc::Sender<Told>,
 ) -> Result<(), String> {
-    let ShardStart { index, node, listener, peer_listener, topology } = start;
+    let ShardStart { index, node, listener, peer_listener } = start;
     let disk = RingDisk::new(&ring);
     let text = |error: annulus_engine::Error| error.to_string();
     // Held until the thread ends: the directory is this process's.
     let mut _lock = None;
     if index == 0 {
-        let claimed = drive(&ring, &runtime, claim(&node, &disk, &runtime)).await.map_err(text)?;
+        let claimed =
+            drive(&ring, &runtime, claim::claim(&node, &disk, &runtime)).await.map_err(text)?;
         let (lock, facts) = claimed?;
         _lock = Some(lock);
         // The main thread waits for it.
@@ -94,7 +91,8 @@ pub(crate) async fn run(
         partition_bits: facts.partition_bits,
         created: facts.created,
     };
-    let options = node.config().engine_options(facts.shard_count, facts.disk_total)?;
+    let mut options = node.config().engine_options(facts.shard_count, facts.disk_total)?;
+    options.replicated = facts.members.is_some();
     let dir = node.config().data_dir.join(dir_name(index as usize));
     let compression = compression_of(&node);
     let opening =
@@ -106,12 +104,15 @@ pub(crate) async fn run(
         ..SocketLimits::default()
     };
     let mut sockets = Sockets::new(&ring, listener, limits).map_err(text)?;
-    if let Some(listener) = peer_listener {
+    // Held even by a node of its own, so that no other process gets the port.
+    let mut peer_listener = peer_listener;
+    if let Some(listener) = peer_listener.take_if(|_| facts.members.is_some()) {
         sockets.accept_from(listener, Door::Peers);
     }
-    let peer_facts = peer_facts(&node, &facts, &topology, index);
+    let peer_facts = peer_facts(&node, &facts, index);
+    let peers = peers_of(&facts)?;
     let seeds = random_numbers()?;
-    let links = LinkSet::new(peer_facts.clone(), &topology.peers, LinkOptions::default(), seeds[0]);
+    let links = LinkSet::new(peer_facts.clone(), &peers, LinkOptions::default(), seeds[0]);
     let incoming = IncomingSet::new(peer_facts, seeds[1]);
     let (asks, inbox) = mpsc::channel();
     node.join(index, Inbox { asks, waker: ring.waker() });
@@ -124,15 +125,19 @@ pub(crate) async fn run(
         shard,
         runtime.clone(),
         PumpOptions {
-            facts: server_facts(&node, &facts, index, map),
+            facts: server_facts(&node, &facts, index),
             map,
             secret: facts.secret,
             catalogue: Rc::clone(&catalogue),
             message_memory: usize::try_from(budget.requests_per_shard()).unwrap_or(usize::MAX),
             desk,
+            replication: replication(&facts)?,
         },
     );
     pump.set_catalogue(catalogue);
+    let own = NodeId(facts.node.0);
+    let client = ClientFacts { address: node.client_address(), shard_count: facts.shard_count };
+    node.note_client(own, client);
     pump.set_waker(runtime.waker().clone());
     // The main thread waits for it.
     let _ = tell.send(Told::Ready);
@@ -140,11 +145,13 @@ pub(crate) async fn run(
         pump,
         sockets,
         peers: PeerSockets { links, incoming },
+        letters: Letters::default(),
         port: mesh.join(index as usize, ring.waker()),
         inbox,
         node: Arc::clone(&node),
         runtime: runtime.clone(),
         changes: 0,
+        map_version: 0,
         catalogue: known,
         drain_until: None,
         next_note: Instant(0),
@@ -175,169 +182,6 @@ fn wait_for_facts(node: &Node) -> (NodeFacts, Arc<Mesh<Parcel>>) {
     }
 }
 
-/// Takes the data directory: lock, identity, secret, namespaces. Makes what a new one lacks.
-async fn claim(
-    node: &Node,
-    disk: &RingDisk,
-    runtime: &ShardRuntime,
-) -> Result<(<RingDisk as Disk>::Lock, NodeFacts), String> {
-    let config = node.config();
-    let dir = &config.data_dir;
-    let text = |error: annulus_engine::Error| error.to_string();
-    disk.create_dir(dir).await.map_err(text)?;
-    // Its name must outlive a power cut, as what is in it does.
-    if let Some(above) = dir.parent() {
-        let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
-        disk.sync_dir(above).await.map_err(text)?;
-    }
-    let lock = disk.lock(dir).await.map_err(text)?;
-    let first = dir.join(dir_name(0));
-    let existing = match Identity::open(disk, &first, None).await {
-        Ok(identity) => Some(identity),
-        Err(error) if error.is_not_found() => None,
-        Err(error) => return Err(error.to_string()),
-    };
-    if let (Some(found), Some(wanted)) = (&existing, config.shards)
-        && found.shard_count != wanted
-    {
-        return Err(format!(
-            "{} was made with {} shards, not {wanted}: start it with --shards {}, or without \
-             --shards",
-            dir.display(),
-            found.shard_count,
-            found.shard_count
-        ));
-    }
-    let space = disk.space(dir).await.map_err(text)?;
-    let secret = secret(dir, existing.is_some())?;
-    let facts = match existing {
-        Some(found) => NodeFacts {
-            cluster: found.cluster,
-            node: found.node,
-            hash_seed: found.hash_seed,
-            partition_bits: found.partition_bits,
-            shard_count: found.shard_count,
-            created: found.created,
-            secret,
-            disk_total: space.total,
-        },
-        None => {
-            refuse_foreign(dir)?;
-            let random: [u64; 3] = random_numbers()?;
-            NodeFacts {
-                cluster: u128::from(random[0]) << 64 | u128::from(random[1]),
-                node: OriginId(1),
-                hash_seed: random[2],
-                partition_bits: config.partition_bits,
-                shard_count: config.shard_count(None),
-                created: WallMicros(runtime.wall().0),
-                secret,
-                disk_total: space.total,
-            }
-        }
-    };
-    match Catalogue::load(disk, dir).await.map_err(text)? {
-        Some(catalogue) => node.set_catalogue(catalogue),
-        None if facts_have_data(&first) => {
-            return Err(format!(
-                "{} is missing, but there is data: restore it from a snapshot",
-                dir.join(crate::namespaces::FILE_NAME).display()
-            ));
-        }
-        None => {
-            let catalogue = Catalogue::new(config.compression);
-            catalogue.save(disk, dir).await.map_err(text)?;
-            node.set_catalogue(catalogue);
-        }
-    }
-    Ok((lock, facts))
-}
-
-/// A directory without identity may hold only what a first start leaves when it is cut short.
-fn refuse_foreign(dir: &Path) -> Result<(), String> {
-    let ours = |name: &str| {
-        [SECRET_NAME, "SECRET.new", "LOCK", "NAMESPACES", "NAMESPACES.new"].contains(&name)
-            || name.starts_with("shard-")
-            || name == super::desk::SNAPSHOT_DIR
-    };
-    let entries = std::fs::read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-    for entry in entries {
-        let name = entry.map_err(|error| error.to_string())?.file_name();
-        let name = name.to_string_lossy();
-        if !ours(&name) {
-            return Err(format!(
-                "{} is not empty and no data directory: it holds {name}; choose another with \
-                 --data-dir",
-                dir.display()
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Whether the first shard's directory holds more than a first start that was cut short leaves.
-fn facts_have_data(first: &Path) -> bool {
-    first.join(identity::FILE_NAME).exists()
-}
-
-/// Reads the secret, or makes it in a new directory.
-fn secret(dir: &Path, must_exist: bool) -> Result<ContextSecret, String> {
-    use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let path = dir.join(SECRET_NAME);
-    let fail = |error: std::io::Error| format!("{}: {error}", path.display());
-    match std::fs::read(&path) {
-        Ok(bytes) => {
-            let halves: [u8; 16] = bytes.try_into().map_err(|bytes: Vec<u8>| {
-                format!(
-                    "{} has {} bytes, not 16: restore it from a snapshot, or remove it, which \
-                     makes clients read again before they write with a context",
-                    path.display(),
-                    bytes.len()
-                )
-            })?;
-            let half = |at: usize| {
-                let mut bytes = [0; 8];
-                bytes.copy_from_slice(&halves[at..at + 8]);
-                u64::from_le_bytes(bytes)
-            };
-            Ok(ContextSecret([half(0), half(8)]))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            if must_exist {
-                tracing::warn!("the secret is gone: contexts given out before are refused");
-            }
-            let random: [u64; 3] = random_numbers()?;
-            let new = dir.join("SECRET.new");
-            let mut options = std::fs::OpenOptions::new();
-            options.create(true).write(true).truncate(true).mode(0o600);
-            let mut file = options.open(&new).map_err(fail)?;
-            file.write_all(&random[0].to_le_bytes()).map_err(fail)?;
-            file.write_all(&random[1].to_le_bytes()).map_err(fail)?;
-            file.sync_all().map_err(fail)?;
-            std::fs::rename(&new, &path).map_err(fail)?;
-            std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(fail)?;
-            Ok(ContextSecret([random[0], random[1]]))
-        }
-        Err(error) => Err(fail(error)),
-    }
-}
-
-/// Numbers from the system's generator.
-fn random_numbers() -> Result<[u64; 3], String> {
-    use std::io::Read as _;
-    let mut bytes = [0; 24];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut source| source.read_exact(&mut bytes))
-        .map_err(|error| format!("/dev/urandom: {error}"))?;
-    let number = |at: usize| {
-        let mut part = [0; 8];
-        part.copy_from_slice(&bytes[at..at + 8]);
-        u64::from_le_bytes(part)
-    };
-    Ok([number(0), number(8), number(16)])
-}
-
 /// Asks the namespaces as they are now for their codec.
 fn compression_of(node: &Arc<Node>) -> annulus_engine::recover::CompressionOf {
     let node = Arc::clone(node);
@@ -353,18 +197,19 @@ fn compression_of(node: &Arc<Node>) -> annulus_engine::recover::CompressionOf {
     })
 }
 
+/// The other members of the node's cluster, as the pump is told of them.
+fn replication(facts: &NodeFacts) -> Result<Option<ReplicationOptions>, String> {
+    let Some(members) = &facts.members else { return Ok(None) };
+    let (own, nodes) = (members.own(), members.nodes().to_vec());
+    // The namespaces name the numbers of copies as soon as the pump knows them.
+    let topology = Topology::new(own, facts.partition_bits, nodes, [1])
+        .map_err(|error| format!("no placement for these members: {error:?}"))?;
+    Ok(Some(ReplicationOptions { topology: Rc::new(topology), life: facts.life }))
+}
+
 /// What clients are told, and the connections' limits.
-fn server_facts(node: &Node, facts: &NodeFacts, index: u32, map: ShardMap) -> ServerFacts {
+fn server_facts(node: &Node, facts: &NodeFacts, index: u32) -> ServerFacts {
     let config = node.config();
-    let partitions = 1u32 << facts.partition_bits;
-    let mut runs: Vec<Run> = Vec::new();
-    for partition in 0..partitions {
-        let replica = Replica { node: facts.node, shard: map.shard_of_partition(partition) };
-        match runs.last_mut() {
-            Some(run) if run.replicas == [replica] => run.length += 1,
-            _ => runs.push(Run { length: 1, replicas: vec![replica] }),
-        }
-    }
     let defaults = Limits::default();
     let millis = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let value_size_max = config.value_size_max as usize;
@@ -388,12 +233,8 @@ fn server_facts(node: &Node, facts: &NodeFacts, index: u32, map: ShardMap) -> Se
                 in_flight_bytes_max: u32::try_from(bytes_max).unwrap_or(u32::MAX),
                 ..defaults
             },
-            runs,
-            nodes: vec![hello::Node {
-                id: facts.node,
-                shard_count: facts.shard_count,
-                address: node.client_address(),
-            }],
+            runs: Vec::new(),
+            nodes: Vec::new(),
             namespaces: Vec::new(),
         },
         options: ConnectionOptions {
@@ -407,25 +248,72 @@ fn server_facts(node: &Node, facts: &NodeFacts, index: u32, map: ShardMap) -> Se
     }
 }
 
+/// Where the other members are.
+fn peers_of(facts: &NodeFacts) -> Result<Vec<PeerAddress>, String> {
+    let Some(members) = &facts.members else { return Ok(Vec::new()) };
+    let others = members.nodes().iter().filter(|node| node.id != members.own());
+    others
+        .map(|node| {
+            let mut found = node
+                .peer
+                .to_socket_addrs()
+                .map_err(|error| format!("join: {}: {error}", node.peer))?;
+            let address = found.next().ok_or_else(|| format!("join: {}: no address", node.peer))?;
+            Ok(PeerAddress { node: node.id, address })
+        })
+        .collect()
+}
+
 /// What shards of other nodes are told and asked.
-fn peer_facts(node: &Node, facts: &NodeFacts, topology: &PeerTopology, shard: u32) -> PeerFacts {
-    let member = |peer: &PeerAddress| PeerMember { node: OriginId(peer.node.0), life: 0 };
+fn peer_facts(node: &Node, facts: &NodeFacts, shard: u32) -> PeerFacts {
+    let (digest, others) = match &facts.members {
+        Some(members) => (members.digest(), members.nodes()),
+        None => (0, &[][..]),
+    };
+    let member = |other: &NodeInfo| PeerMember { node: OriginId(other.id.0), life: 0 };
+    let others = others.iter().filter(|other| other.id.0 != facts.node.0);
     // A client's largest message may be forwarded; a key's siblings may be as large as two values.
     let value_size_max = (node.config().value_size_max as usize).max(SIBLING_BYTES_MAX);
     PeerFacts {
         cluster: facts.cluster,
         hash_seed: facts.hash_seed,
         partition_bits: u8::try_from(facts.partition_bits).expect("at most 16"),
-        members_digest: topology.digest,
-        members: topology.peers.iter().map(member).collect(),
+        members_digest: digest,
+        members: others.map(member).collect(),
         node: facts.node,
         shard,
         shard_count: facts.shard_count,
-        life: topology.life,
+        life: facts.life,
         options: PeerOptions {
             message_size_max: (2 * value_size_max + (1 << 20)).min(MESSAGE_SIZE_MAX),
             ..PeerOptions::default()
         },
+    }
+}
+
+/// Messages of other nodes that came in a turn; the memory stays.
+#[derive(Default)]
+struct Letters {
+    bytes: Vec<u8>,
+    /// Who sent them, and where each ends.
+    senders: Vec<(PeerShard, usize)>,
+}
+
+impl Letters {
+    fn push(&mut self, from: PeerShard, message: &[u8]) {
+        self.bytes.extend_from_slice(message);
+        self.senders.push((from, self.bytes.len()));
+    }
+
+    /// Hands out all of them, in order.
+    fn open(&mut self, mut read: impl FnMut(PeerShard, &[u8])) {
+        let mut begin = 0;
+        for (from, end) in self.senders.drain(..) {
+            read(from, &self.bytes[begin..end]);
+            begin = end;
+        }
+        self.bytes.clear();
+        self.bytes.shrink_to(LETTERS_KEPT);
     }
 }
 
@@ -475,6 +363,7 @@ struct Served {
     pump: Pump<RingDisk, ShardRuntime>,
     sockets: Sockets,
     peers: PeerSockets,
+    letters: Letters,
     port: MeshPort<Parcel>,
     inbox: mpsc::Receiver<Ask>,
     node: Arc<Node>,
@@ -482,6 +371,7 @@ struct Served {
     /// The node's changes as last seen.
     changes: u64,
     /// The namespaces that the pump was given.
+    map_version: u64,
     catalogue: Arc<Catalogue>,
     drain_until: Option<Instant>,
     next_note: Instant,
@@ -494,11 +384,12 @@ impl Served {
             self.look_at_changes(now);
         }
         let (pump, port, peers) = (&mut self.pump, &self.port, &mut self.peers);
+        let letters = &mut self.letters;
         self.sockets.foresee(completions, |bytes| pump.foresee(bytes));
         pump.fetch_foreseen();
         let mut worked = self.sockets.turn(now, completions, |connections, event| {
-            let mut receive = |_: &mut LinkSet, from: NodeId, from_shard: u32, message: &[u8]| {
-                tracing::debug!(%from, from_shard, size = message.len(), "message from a node");
+            let mut receive = |_: &mut LinkSet, node: NodeId, shard: u32, message: &[u8]| {
+                letters.push(PeerShard { node, shard }, message);
             };
             let mut hand_over = |shard: u32, detached| {
                 // A full mesh drops the socket, which closes it; the node dials again.
@@ -510,6 +401,9 @@ impl Served {
             }
         });
         let connections = self.sockets.connections();
+        letters.open(|from, message| {
+            pump.peer_message(from, message, &mut SocketWires(connections));
+        });
         worked |= port.drain(|_, parcel| match parcel {
             Parcel::Message(message) => pump.message(message, &mut SocketWires(connections)),
             Parcel::Connection(detached) => {
@@ -523,12 +417,19 @@ impl Served {
                 }
             }
         }) > 0;
-        worked |= pump.turn(&mut SocketWires(connections), &mut MeshPeers(port));
-        if !peers.is_empty() {
-            worked |= peers.turn(now, connections);
+        if peers.is_empty() {
+            let no_links = &mut NoLinks;
+            worked |= pump.turn(&mut SocketWires(connections), &mut MeshPeers(port), no_links);
+        } else {
             for change in peers.links.take_changes() {
-                tracing::debug!(?change, "nodes");
+                match change {
+                    LinkChange::Up(node, shard_count) => pump.peer_up(node, shard_count),
+                    LinkChange::Down(node) => pump.peer_down(node),
+                }
             }
+            let wires = &mut SocketWires(connections);
+            worked |= pump.turn(wires, &mut MeshPeers(port), &mut peers.links);
+            worked |= peers.turn(now, connections);
         }
         connections.flush();
         self.pump.end_turn();
@@ -550,6 +451,15 @@ impl Served {
     }
 
     /// Something about the node has changed: namespaces, state, or questions have come.
+    /// Tells clients from now on what is known of the nodes.
+    fn tell_map(&mut self) {
+        let Some(facts) = self.node.facts() else { return };
+        let (own, bits) = (NodeId(facts.node.0), facts.partition_bits);
+        let clients = self.node.clients();
+        let (runs, nodes) = map::partition_map(self.pump.topology(), own, bits, &clients);
+        self.pump.set_map(self.map_version, runs, nodes);
+    }
+
     fn look_at_changes(&mut self, now: Instant) {
         self.changes = self.node.changes();
         let catalogue = self.node.catalogue();
@@ -557,6 +467,13 @@ impl Served {
             self.pump.shard().set_dropped_namespaces(catalogue.dropped());
             self.pump.set_catalogue(Rc::new((*catalogue).clone()));
             self.catalogue = catalogue;
+            // The greatest number of copies may be another one.
+            self.tell_map();
+        }
+        let map_version = self.node.map_version();
+        if self.map_version != map_version {
+            self.map_version = map_version;
+            self.tell_map();
         }
         while let Ok(ask) = self.inbox.try_recv() {
             match ask {

@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::notify::Notify;
+use super::progress::Changed;
 use super::replicas::{Replicas, is_shown};
-use crate::log::{Lsn, ReplayItem};
+use crate::log::{Control, Lsn, ReplayItem};
 use crate::memtable::Memtable;
 use crate::model::{NamespaceId, RecordRef, Timestamp, Token};
 
@@ -38,6 +39,7 @@ pub(crate) struct Memory {
     sealed: VecDeque<Rc<Sealed>>,
     /// Greatest stamp in any sealed memtable.
     sealed_max: Timestamp,
+    changed_partitions: Changed,
     /// Told when a memtable was sealed or a sealed one went away.
     pub(crate) changed: Rc<Notify>,
 }
@@ -45,8 +47,10 @@ pub(crate) struct Memory {
 impl Memory {
     /// Empty, each memtable sealed at `budget_bytes`, with partitions as the manifest knows them.
     pub(crate) fn new(budget_bytes: usize, replicas: Replicas) -> Memory {
+        let changed_partitions = Changed::new(replicas.bits());
         Memory {
             active: Memtable::new(budget_bytes),
+            changed_partitions,
             last: Lsn::default(),
             sealed_last: Lsn::default(),
             replicas,
@@ -68,6 +72,7 @@ impl Memory {
                     return;
                 }
                 self.replicas.mark(record);
+                self.changed_partitions.note(self.replicas.partition(record.token));
                 self.active.insert(record);
                 if self.active.is_full() {
                     self.seal();
@@ -75,6 +80,11 @@ impl Memory {
             }
             ReplayItem::Control(control) if is_shown(item) => {
                 self.last = lsn;
+                if let Control::Seen { partition, .. } | Control::DropPartition { partition, .. } =
+                    control
+                {
+                    self.changed_partitions.note(*partition);
+                }
                 if let Some((partition, incarnation)) = self.replicas.control(control) {
                     let bits = self.replicas.bits();
                     self.active.remove_partition(partition, bits, incarnation);
@@ -102,6 +112,11 @@ impl Memory {
     #[inline]
     pub(crate) fn replicas(&self) -> &Replicas {
         &self.replicas
+    }
+
+    /// Partitions that were told as changed and not yet asked for.
+    pub(crate) fn changed_partitions(&mut self) -> &mut Changed {
+        &mut self.changed_partitions
     }
 
     /// The same, to declare something that no record says.

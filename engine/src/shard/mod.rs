@@ -16,6 +16,7 @@ mod background;
 mod closing;
 mod memory;
 mod notify;
+mod progress;
 mod read;
 mod read_times;
 mod reopen;
@@ -96,6 +97,10 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) versions: RefCell<Versions>,
     /// Which record of the log holds the ceiling in force; zero when none of this life does.
     pub(crate) ceiling_at: Cell<Lsn>,
+    /// The last record that says something of a partition's `seen`.
+    pub(crate) control_at: Cell<Lsn>,
+    /// No own write of an earlier life can be missing: see `progress.rs`.
+    pub(crate) whole: Cell<bool>,
     pub(crate) unsettled: RefCell<Unsettled>,
     pub(crate) space: SpaceWatch,
     pub(crate) stats: RefCell<Counters>,

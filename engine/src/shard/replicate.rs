@@ -150,7 +150,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             versions.issue(partition, last);
             versions.incarnation(partition)
         };
-        self.state.log.append_control(Control::Seen { partition, incarnation, seen: &bytes })
+        let control = Control::Seen { partition, incarnation, seen: &bytes };
+        let lsn = self.state.log.append_control(control)?;
+        self.state.control_at.set(lsn);
+        Ok(lsn)
     }
 
     /// Declares that no write of this origin from before this life, or before the partition was
@@ -186,6 +189,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         versions.begin(partition, next);
         drop(versions);
         self.state.dropped_at.set(lsn);
+        self.state.whole.set(false);
         self.state.keep.forget(partition);
         Ok(lsn)
     }

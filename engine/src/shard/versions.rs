@@ -32,6 +32,8 @@ pub(crate) struct Versions {
     incarnations: Vec<u32>,
     /// This life stamps above it.
     floor: Timestamp,
+    /// The greatest own stamp that was still there when this life began.
+    recovered: Timestamp,
     ceiling_stamp: Timestamp,
     ceiling_sequence: u64,
     /// The greatest ceiling of stamps that the log is known to hold durably.
@@ -47,6 +49,7 @@ impl Versions {
             starts: vec![sequence; 1 << partition_bits],
             incarnations: vec![FIRST_INCARNATION; 1 << partition_bits],
             floor: stamp,
+            recovered: Timestamp::ZERO,
             ceiling_stamp: stamp,
             ceiling_sequence: sequence,
             ceiling_durable: stamp,
@@ -76,6 +79,16 @@ impl Versions {
     /// and a stamp below those of all later writes.
     pub(crate) fn void_end(&self, partition: PartitionId) -> (u64, Timestamp) {
         (self.starts[partition.0 as usize], self.floor)
+    }
+
+    /// The greatest own stamp that was still there when this life began.
+    pub(crate) fn recovered(&self) -> Timestamp {
+        self.recovered
+    }
+
+    /// Takes note of it.
+    pub(crate) fn set_recovered(&mut self, stamp: Timestamp) {
+        self.recovered = stamp;
     }
 
     /// Under which incarnation the partition's writes are logged.
@@ -209,6 +222,11 @@ impl Unsettled {
     /// The last write of the token that may not be visible yet.
     pub(crate) fn last_of(&self, token: Token) -> Option<Lsn> {
         self.waiting.iter().rev().find(|(_, other)| *other == token).map(|(lsn, _)| *lsn)
+    }
+
+    /// Whether a write of such a token is not visible yet.
+    pub(crate) fn has(&self, visible: Lsn, mut is_wanted: impl FnMut(Token) -> bool) -> bool {
+        self.waiting.iter().any(|(lsn, token)| *lsn > visible && is_wanted(*token))
     }
 
     /// A number that changes with each write of the token (and of a few others).

@@ -137,6 +137,16 @@ impl<'a> Operation<'a> {
         }
     }
 
+    /// Namespace of the key.
+    #[must_use]
+    pub fn namespace(&self) -> NamespaceId {
+        match self {
+            Operation::Get(get) => get.namespace,
+            Operation::Put(put) => put.namespace,
+            Operation::Delete(delete) => delete.namespace,
+        }
+    }
+
     /// Hash of the key.
     #[inline]
     #[must_use]

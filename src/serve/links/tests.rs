@@ -14,6 +14,8 @@ use annulus_net::wire::frame::{FrameHeader, HEADER_SIZE};
 use annulus_net::wire::peer::{PEER_CLOSE, PEER_HELLO, PeerHello};
 use annulus_net::wire::slices::{FrameWriter, Head};
 
+use annulus_cluster::message::PeerMessage;
+
 use super::*;
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -265,12 +267,9 @@ fn send(
 ) -> Result<(), LinkDown> {
     let body = vec![7; size];
     let (deadline_us, opcode, hops) = (0, lane.as_u8(), 1);
-    links.send(
-        to,
-        shard,
-        lane,
-        &PeerMessage::Forward { id, deadline_us, opcode, hops, body: &body },
-    )
+    let mut message = Vec::new();
+    PeerMessage::Forward { id, deadline_us, opcode, hops, body: &body }.encode(&mut message);
+    links.send(PeerShard { node: to, shard }, lane, &message)
 }
 
 /// Two nodes of one shard each that are linked to each other.

@@ -1,0 +1,112 @@
+//! How far this shard's replicas are: what the tracking of a cluster asks of it.
+//!
+//! Invariant: nothing here changes a record. A partition is told as changed after its `seen`
+//! changed, at least once; a promise covers own writes only when they are visible, and holds after
+//! any crash.
+
+use std::rc::Rc;
+
+use super::Shard;
+use crate::disk::Disk;
+use crate::log::Lsn;
+use crate::model::{PartitionId, SeenSet, Timestamp, WallMicros};
+use crate::runtime::Runtime;
+
+/// Partitions of which something was told since the last look, each once.
+#[derive(Debug, Default)]
+pub(crate) struct Changed {
+    list: Vec<PartitionId>,
+    is_listed: Vec<bool>,
+}
+
+impl Changed {
+    /// For a ring of `2^bits`.
+    pub(crate) fn new(bits: u32) -> Changed {
+        Changed { list: Vec::new(), is_listed: vec![false; 1 << bits] }
+    }
+
+    #[inline]
+    pub(crate) fn note(&mut self, partition: PartitionId) {
+        if let Some(is_listed) = self.is_listed.get_mut(partition.0 as usize)
+            && !*is_listed
+        {
+            *is_listed = true;
+            self.list.push(partition);
+        }
+    }
+
+    fn take(&mut self) -> Vec<PartitionId> {
+        for partition in &self.list {
+            self.is_listed[partition.0 as usize] = false;
+        }
+        std::mem::take(&mut self.list)
+    }
+}
+
+impl<D: Disk, R: Runtime> Shard<D, R> {
+    /// What the partition has seen, shared.
+    #[must_use]
+    pub fn seen(&self, partition: PartitionId) -> Rc<SeenSet> {
+        Rc::clone(&self.state.memory.borrow().replicas().of(partition).seen)
+    }
+
+    /// Partitions whose `seen` may have changed since the last call.
+    #[must_use]
+    pub fn take_changed(&self) -> Vec<PartitionId> {
+        self.state.memory.borrow_mut().changed_partitions().take()
+    }
+
+    /// Every own write stamped at or below this is visible, and none will be stamped at or below
+    /// it, also after a crash. While own writes of an earlier life may be missing it is the
+    /// greatest stamp of that life that the log still had: what was lost is stamped later.
+    #[must_use]
+    pub fn promise(&self, wall: WallMicros) -> Timestamp {
+        let state = &*self.state;
+        if !state.whole.get() {
+            let replicas = state.memory.borrow().replicas().clone();
+            if replicas.partitions().any(|partition| self.has_gap(partition)) {
+                return state.versions.borrow().recovered();
+            }
+            state.whole.set(true);
+        }
+        let clock = self.clock_now(wall);
+        let visible = state.log.visible();
+        match state.unsettled.borrow_mut().oldest(visible) {
+            Some(oldest) => clock.min(Timestamp(oldest.0 - 1)),
+            None => clock,
+        }
+    }
+
+    /// Whether own writes of the partition may have been lost in a crash and have not been
+    /// declared void: see [`Shard::declare_own_void`].
+    #[must_use]
+    pub fn has_gap(&self, partition: PartitionId) -> bool {
+        let (end, _) = self.state.versions.borrow().void_end(partition);
+        self.with_seen(partition, |seen| seen.of(self.state.identity.node).base() < end)
+    }
+
+    /// Whether anything is under way to the partition's log that `seen` does not show yet.
+    #[must_use]
+    pub fn is_busy(&self, partition: PartitionId) -> bool {
+        let visible = self.state.log.visible();
+        let bits = self.state.identity.partition_bits;
+        self.state.control_at.get() > visible
+            || self
+                .state
+                .unsettled
+                .borrow()
+                .has(visible, |token| token.partition(bits) == partition)
+    }
+
+    /// The last record that the log has taken.
+    #[must_use]
+    pub fn appended(&self) -> Lsn {
+        self.state.log.appended()
+    }
+
+    /// The log survives a crash up to here.
+    #[must_use]
+    pub fn durable(&self) -> Lsn {
+        self.state.log.durable()
+    }
+}

@@ -1,0 +1,228 @@
+//! The background conversation with the other replicas: what each has seen, who fetches what
+//! from whom, what may be purged, and what a node says of itself.
+//!
+//! Invariant: it looks at the clock every [`EXCHANGE_NANOS`] and costs nothing in between; all of
+//! it may be lost, doubled or late, because each round says everything that matters again.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use annulus_cluster::message::PeerMessage;
+use annulus_cluster::tracking::{PeerShard, Replica, Shared};
+use annulus_cluster::{NodeId, Topology};
+use annulus_engine::disk::Disk;
+use annulus_engine::model::seen::SeenSet;
+use annulus_engine::model::{NamespaceId, PartitionId, Timestamp, WallMicros};
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::Shard;
+
+use super::Replication;
+use crate::pump::{Done, Lane, Pump};
+
+/// How often the conversation is looked at, in nanoseconds.
+const EXCHANGE_NANOS: u64 = 20_000_000;
+
+/// The shard as tracking sees it.
+pub(super) struct View<'a, D: Disk, R: Runtime> {
+    pub(super) shard: &'a Shard<D, R>,
+    pub(super) wall: WallMicros,
+}
+
+impl<D: Disk, R: Runtime> Replica for View<'_, D, R> {
+    fn seen(&self, partition: PartitionId) -> Rc<SeenSet> {
+        self.shard.seen(partition)
+    }
+
+    fn take_changed(&mut self) -> Vec<PartitionId> {
+        self.shard.take_changed()
+    }
+
+    fn clock(&self) -> Timestamp {
+        self.shard.clock_now(self.wall)
+    }
+
+    fn promise(&self) -> Timestamp {
+        self.shard.promise(self.wall)
+    }
+
+    fn has_gap(&self, partition: PartitionId) -> bool {
+        self.shard.has_gap(partition)
+    }
+
+    fn is_busy(&self, partition: PartitionId) -> bool {
+        self.shard.is_busy(partition)
+    }
+
+    fn appended(&self) -> u64 {
+        self.shard.appended().0
+    }
+
+    fn visible(&self) -> u64 {
+        self.shard.visible().0
+    }
+
+    fn durable(&self) -> u64 {
+        self.shard.durable().0
+    }
+}
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    /// Does what is due. Returns whether anything was.
+    pub(in crate::pump) fn exchange_turn(&mut self) -> bool {
+        let Some(replication) = &mut self.replication else { return false };
+        if self.now < replication.next_exchange {
+            return false;
+        }
+        replication.next_exchange = self.now.after_nanos(EXCHANGE_NANOS);
+        let mut view = View { shard: &self.shard, wall: self.wall };
+        let Replication { tracking, letters, peers, .. } = &mut **replication;
+        tracking.poll(self.now, &mut view, &mut |to, message| {
+            let is_up = peers.contains_key(&to.node);
+            if is_up {
+                letters.push(super::Letter::new(to, Lane::Background, message));
+            }
+            is_up
+        });
+        let wanted = tracking.sync_wanted(self.now, &view, &|node| peers.contains_key(&node));
+        let (floors, voids) = (tracking.take_floors(), tracking.voids(&view));
+        let done = tracking.guests_done(&view);
+        for floor in floors {
+            self.shard.set_purge_floor(floor.partition, floor.purge);
+            self.shard.set_stable(floor.partition, floor.stable);
+        }
+        for partition in voids {
+            // Tried again in the next round when the log cannot take it now.
+            let _ = self.shard.declare_own_void(partition);
+        }
+        for partition in done {
+            tracing::debug!(partition = partition.0, "the holders have all that was kept for them");
+            let _ = self.shard.drop_partition(partition);
+        }
+        for wanted in wanted {
+            self.begin_sync(wanted.partition, wanted.helper);
+        }
+        self.expire_syncs();
+        true
+    }
+
+    /// A message of the background conversation.
+    pub(super) fn exchange(&mut self, from: PeerShard, message: &PeerMessage<'_>, raw: &[u8]) {
+        match message {
+            PeerMessage::Track { .. } | PeerMessage::TrackDone { .. } => {
+                let Some(replication) = &mut self.replication else { return };
+                let view = View { shard: &self.shard, wall: self.wall };
+                let Replication { tracking, letters, .. } = &mut **replication;
+                let handled = tracking.handle(self.now, from, message, &view, &mut |to, reply| {
+                    letters.push(super::Letter::new(to, Lane::Background, reply));
+                    true
+                });
+                if let Err(error) = handled {
+                    tracing::warn!(node = from.node.0, %error, "an announcement was refused");
+                    self.metrics.borrow_mut().counters.peer_refused += 1;
+                }
+            }
+            PeerMessage::Sync { .. } => self.serve_sync(from, message),
+            PeerMessage::SyncPage { .. } => self.take_sync_page(from, message, raw),
+            PeerMessage::Settings { client, generation, catalogue } => {
+                self.take_settings(from, client, *generation, catalogue);
+            }
+            // Trees are not compared yet; a probe's answer has nobody waiting.
+            _ => {}
+        }
+    }
+
+    /// A node can be reached: it is told of the settings here.
+    pub fn peer_up(&mut self, node: NodeId, shard_count: u32) {
+        let shard = self.map.own();
+        let Some(replication) = &mut self.replication else { return };
+        replication.peers.insert(node, super::Peer { shard_count });
+        replication.coordinator.peer_up(node);
+        if shard < shard_count {
+            self.tell_settings(PeerShard { node, shard });
+        }
+    }
+
+    /// A node cannot be reached: nobody waits for it any more.
+    pub fn peer_down(&mut self, node: NodeId) {
+        let Some(replication) = &mut self.replication else { return };
+        if replication.peers.remove(&node).is_some() {
+            let moment = self.moment();
+            let Some(replication) = &mut self.replication else { return };
+            let actions = &mut replication.actions;
+            replication.coordinator.peer_down(moment, node, actions);
+        }
+    }
+
+    fn tell_settings(&mut self, to: PeerShard) {
+        let catalogue = self.catalogue.encode();
+        let client = self.desk.client_address();
+        let settings = PeerMessage::Settings {
+            client: client.as_bytes(),
+            generation: self.catalogue.generation(),
+            catalogue: &catalogue,
+        };
+        self.post(to, Lane::Background, &settings);
+    }
+
+    /// The namespaces have changed here: placement follows, and everybody is told.
+    pub(in crate::pump) fn spread_settings(&mut self) {
+        let Some(replication) = &mut self.replication else { return };
+        let factors: BTreeSet<u8> = self.catalogue.iter().map(|namespace| namespace.n).collect();
+        if replication.factors != factors {
+            let topology = &replication.topology;
+            let (bits, nodes) = (topology.partition_bits(), topology.nodes().to_vec());
+            match Topology::new(topology.own(), bits, nodes, factors.iter().copied()) {
+                Ok(topology) => {
+                    let shared = Shared::new(&topology, self.map.own(), self.map.count());
+                    replication.tracking.set_shared(shared);
+                    replication.topology = Rc::new(topology);
+                    replication.factors = factors;
+                }
+                Err(error) => tracing::error!(?error, "no placement for these namespaces"),
+            }
+        }
+        let own = self.map.own();
+        let peers: Vec<PeerShard> = replication
+            .peers
+            .iter()
+            .filter(|(_, peer)| own < peer.shard_count)
+            .map(|(node, _)| PeerShard { node: *node, shard: own })
+            .collect();
+        for peer in peers {
+            self.tell_settings(peer);
+        }
+    }
+
+    fn take_settings(&mut self, from: PeerShard, client: &[u8], generation: u64, bytes: &[u8]) {
+        let Some(replication) = &self.replication else { return };
+        if let Ok(client) = std::str::from_utf8(client) {
+            let shard_count = replication.peers.get(&from.node).map_or(0, |it| it.shard_count);
+            self.desk.note_client(from.node, client, shard_count);
+        }
+        if generation > self.catalogue.generation() {
+            let job = self.desk.adopt_catalogue(bytes);
+            self.spawn(async move { Done::Adopted(job.await.map(drop)) });
+        }
+    }
+
+    /// Namespaces of which the node is a home of the partition.
+    pub(super) fn namespaces_of(&self, partition: PartitionId, node: NodeId) -> Vec<NamespaceId> {
+        let Some(replication) = &self.replication else { return Vec::new() };
+        let topology = &replication.topology;
+        let is_home = |n: u8| topology.replicas(partition, n).contains(&node);
+        self.catalogue.iter().filter(|it| is_home(it.n)).map(|it| it.id).collect()
+    }
+
+    /// What this replica's answer about a key of the partition is worth.
+    pub(in crate::pump) fn standing(
+        &self,
+        partition: PartitionId,
+        namespace: NamespaceId,
+    ) -> (Timestamp, bool) {
+        let Some(replication) = &self.replication else { return (Timestamp::ZERO, false) };
+        let n = self.catalogue.get(namespace).map_or(1, |namespace| namespace.n);
+        let view = View { shard: &self.shard, wall: self.wall };
+        let as_of = replication.tracking.as_of(partition, &view);
+        (as_of, replication.topology.is_home(partition, n))
+    }
+}

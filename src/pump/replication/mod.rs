@@ -1,0 +1,182 @@
+//! This shard as one of many: it coordinates requests over the replicas of their keys, and it is
+//! the replica that other coordinators ask.
+//!
+//! ```text
+//! client's request -> coordinate.rs   plan, apply here, send -> acks -> answer
+//! peer's message   -> replica.rs      check, merge or read   -> answer to the peer
+//! background       -> exchange.rs     announcements, and sync with whoever has what is missing
+//! ```
+//!
+//! Invariant: nothing is sent from where a message is made; letters are gathered and leave at the
+//! end of the turn, so that no handler needs the links. A pump without peers has no such state.
+
+mod coordinate;
+mod exchange;
+mod forward;
+mod replica;
+mod sync;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions, Standing};
+use annulus_cluster::message::PeerMessage;
+use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
+use annulus_cluster::{NodeId, Topology};
+use annulus_engine::disk::Disk;
+use annulus_engine::model::{Instant, PartitionId};
+use annulus_engine::runtime::Runtime;
+use annulus_net::wire::status::Status;
+
+use super::{Lane, Links, Origin, Pump, ShardMap, Wires};
+use coordinate::Operation;
+pub(super) use coordinate::OwnWrite;
+use forward::Forwarded;
+pub(super) use sync::MergedPage;
+use sync::Session;
+
+/// What a pump of a cluster needs to know.
+#[derive(Clone, Debug)]
+pub struct ReplicationOptions {
+    /// Members and placement.
+    pub topology: Rc<Topology>,
+    /// Counts the starts of this node, so that peers know its lives apart.
+    pub life: u64,
+}
+
+/// A message that leaves at the end of the turn.
+struct Letter {
+    to: PeerShard,
+    lane: Lane,
+    bytes: Vec<u8>,
+}
+
+impl Letter {
+    fn new(to: PeerShard, lane: Lane, message: &PeerMessage<'_>) -> Letter {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        Letter { to, lane, bytes }
+    }
+}
+
+/// A node that can be reached.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    shard_count: u32,
+}
+
+/// All that a pump of a cluster has on top.
+pub(super) struct Replication {
+    topology: Rc<Topology>,
+    /// Numbers of copies that it has rings for; empty until the namespaces are known.
+    factors: BTreeSet<u8>,
+    coordinator: Coordinator<Operation>,
+    tracking: Tracking,
+    /// Nodes to which a link stands.
+    peers: BTreeMap<NodeId, Peer>,
+    /// Requests that were handed on to another node.
+    forwarded: BTreeMap<u64, Forwarded>,
+    sessions: Vec<Session>,
+    letters: Vec<Letter>,
+    /// What the coordinator decided and the end of the turn carries out.
+    actions: Vec<Action>,
+    /// Requests to be refused at the end of the turn.
+    refusals: Vec<(Origin, Status, &'static str)>,
+    /// When requests that were handed on are looked at again.
+    next_sweep: Instant,
+    next_id: u64,
+    next_exchange: Instant,
+}
+
+impl Replication {
+    pub(super) fn new(options: ReplicationOptions, map: ShardMap, now: Instant) -> Replication {
+        let own = options.topology.own();
+        let shared = Shared::new(&options.topology, map.own(), map.count());
+        let first_id = options.life << 32;
+        let mut coordinator = Coordinator::new(own, CoordinatorOptions::default(), first_id);
+        for node in options.topology.nodes().iter().filter(|node| node.id != own) {
+            coordinator.health_mut().set_standing(node.id, Standing::Down);
+        }
+        Replication {
+            coordinator,
+            tracking: Tracking::new(own, options.life, tracking::Options::default(), shared),
+            topology: options.topology,
+            factors: BTreeSet::new(),
+            peers: BTreeMap::new(),
+            forwarded: BTreeMap::new(),
+            sessions: Vec::new(),
+            letters: Vec::new(),
+            actions: Vec::new(),
+            refusals: Vec::new(),
+            next_sweep: now,
+            next_id: first_id,
+            next_exchange: now,
+        }
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn post(&mut self, to: PeerShard, lane: Lane, message: &PeerMessage<'_>) {
+        self.letters.push(Letter::new(to, lane, message));
+    }
+
+    fn post_bytes(&mut self, to: PeerShard, lane: Lane, bytes: Vec<u8>) {
+        self.letters.push(Letter { to, lane, bytes });
+    }
+
+    /// The shard of another node that has the partition, if the node can be reached.
+    fn peer_shard(&self, node: NodeId, partition: PartitionId) -> Option<PeerShard> {
+        let peer = self.peers.get(&node)?;
+        let bits = self.topology.partition_bits();
+        let shard = ShardMap::new(0, peer.shard_count, bits).shard_of_partition(partition.0);
+        Some(PeerShard { node, shard })
+    }
+}
+
+/// Every node has the same topology until members can change.
+const EPOCH: u32 = 1;
+/// How often requests that were handed on are looked at, in nanoseconds.
+const SWEEP_NANOS: u64 = 5_000_000;
+
+impl Replication {
+    /// When the pump must come round though nothing arrives.
+    pub(super) fn next_timeout(&mut self) -> Instant {
+        let operations = self.coordinator.next_timeout();
+        let forwards = (!self.forwarded.is_empty()).then_some(self.next_sweep);
+        let soonest = operations.into_iter().chain(forwards).min();
+        soonest.map_or(self.next_exchange, |at| at.min(self.next_exchange))
+    }
+
+    pub(super) fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// Whether nobody waits for another node.
+    pub(super) fn is_idle(&self) -> bool {
+        self.forwarded.is_empty() && self.actions.is_empty() && self.coordinator.is_empty()
+    }
+}
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    /// The end of a turn: what was decided is carried out, and all letters leave.
+    pub(super) fn replicate(&mut self, wires: &mut dyn Wires, links: &mut dyn Links) -> bool {
+        let mut worked = self.act(wires);
+        worked |= self.exchange_turn();
+        let now = self.now;
+        let Some(replication) = &mut self.replication else { return worked };
+        if now >= replication.next_sweep {
+            replication.next_sweep = now.after_nanos(SWEEP_NANOS);
+            worked |= self.expire_forwards(None, wires);
+        }
+        let Some(replication) = &mut self.replication else { return worked };
+        for Letter { to, lane, bytes } in replication.letters.drain(..) {
+            worked = true;
+            // A letter that is lost is what every exchange survives.
+            let _ = links.send(to, lane, &bytes);
+        }
+        worked
+    }
+}

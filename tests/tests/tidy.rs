@@ -50,6 +50,7 @@ const DEPENDENCIES: &[(&str, &str)] = &[
     ("proptest", "MIT OR Apache-2.0"),
     ("serde", "MIT OR Apache-2.0"),
     ("serde_json", "MIT OR Apache-2.0"),
+    ("sha2", "MIT OR Apache-2.0"),
     ("signal-hook", "MIT OR Apache-2.0"),
     ("socket2", "MIT OR Apache-2.0"),
     ("tempfile", "MIT OR Apache-2.0"),

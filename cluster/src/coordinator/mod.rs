@@ -164,8 +164,14 @@ impl<P> Coordinator<P> {
         let plan = WriteOp::plan(requirement, self.me, primaries, fallbacks, |node| {
             health.is_healthy(node)
         });
-        self.counters.writes_unavailable += u64::from(plan.is_err());
-        plan
+        let Err(refusal) = plan else { return plan };
+        let is_there = |node| health.standing(node) != Standing::Down;
+        if WriteOp::plan(requirement, self.me, primaries, fallbacks, is_there).is_ok() {
+            self.counters.busy += 1;
+            return Err(too_much_to_do());
+        }
+        self.counters.writes_unavailable += 1;
+        Err(refusal)
     }
 
     /// Begins a write that has been appended here; never refused. `bytes` are those that the
@@ -263,6 +269,12 @@ impl<P> Coordinator<P> {
         let mut read = ReadOp::begin(requirement, self.me, &order, fallbacks, freshness);
         let (health, mut asks) = (&self.health, no_asks());
         if read.advance(0, |node| health.is_healthy(node), &mut asks).is_some() {
+            let mut again = ReadOp::begin(requirement, self.me, &order, fallbacks, freshness);
+            let is_there = |node| health.standing(node) != Standing::Down;
+            if again.advance(0, is_there, &mut no_asks()).is_none() {
+                self.counters.busy += 1;
+                return Err((too_much_to_do(), payload));
+            }
             self.counters.reads_unavailable += 1;
             return Err((unavailable("too few replicas of the key can be reached"), payload));
         }
@@ -661,6 +673,11 @@ impl<P> Coordinator<P> {
     pub fn counters(&self) -> Counters {
         self.counters
     }
+}
+
+/// The replicas are there, and their windows are closed.
+fn too_much_to_do() -> Refusal {
+    Refusal::new(Status::BUSY, "the replicas of the key have too much to do")
 }
 
 #[cfg(test)]

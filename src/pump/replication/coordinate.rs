@@ -35,6 +35,9 @@ use crate::pump::execute::{Target, failure_of, sign, with_values};
 use crate::pump::writes::Waiting;
 use crate::pump::{Answer, Done, Lane, Origin, Pump, TASKS_MAX, Wires};
 
+/// When a client may try again whose key's replicas are busy, in milliseconds.
+const BUSY_PAUSE_MS: u32 = 2;
+
 /// What is kept with an operation that other nodes take part in.
 #[derive(Debug)]
 pub(super) struct Operation {
@@ -213,7 +216,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let plan = match replication.coordinator.plan_write(requirement, homes, fallbacks) {
             Ok(plan) => plan,
             Err(refusal) => {
-                let answer = Answer::Failure(refusal.into());
+                let failure = Failure::from(refusal);
+                let pause = if failure.status == Status::BUSY { BUSY_PAUSE_MS } else { 0 };
+                let answer = Answer::Failure(failure.retry_after(pause));
                 self.count_failure(&answer);
                 return target.answer(&answer);
             }

@@ -188,8 +188,17 @@ impl Network {
         self.slow.insert((from, to), nanos_per_byte);
     }
 
-    /// All ways are open again, in fair weather. What is under way stays so.
-    pub fn heal(&mut self) {
+    /// All ways are open again, in fair weather. What is under way arrives within a second.
+    pub fn heal(&mut self, now: Instant) {
+        let soon = now.after_nanos(1_000 * MS);
+        let late = self.under_way.split_off(&(soon, 0));
+        for (_, parcel) in late {
+            let arrival = now.after_nanos(self.chance.between(0, 1_000 * MS));
+            self.under_way.insert((arrival, self.next), parcel);
+            self.next += 1;
+        }
+        self.lane_ends.clear();
+        self.busy_until.clear();
         self.cuts.clear();
         self.flapping.clear();
         self.slow.clear();
@@ -377,7 +386,7 @@ mod tests {
         network.send(later(10), parcel(1, 0, 3));
         network.cut(1, 0);
         assert_eq!(arrivals(&mut network, later(20)), [0; 0], "cut while it was under way");
-        network.heal();
+        network.heal(later(0));
         network.send(later(20), parcel(0, 1, 4));
         assert_eq!(arrivals(&mut network, later(30)), [4]);
     }
@@ -409,7 +418,7 @@ mod tests {
         network.cut(1, 0);
         assert!(!network.is_known_down(0, 1, true, later(0)));
         assert!(network.is_known_down(0, 1, true, later(6_000)));
-        network.heal();
+        network.heal(later(0));
         assert!(!network.is_known_down(0, 1, true, later(6_001)));
         assert!(!network.is_known_down(0, 1, false, later(6_002)));
         assert!(network.is_known_down(0, 1, false, later(6_060)), "a dead process is soon noticed");

@@ -179,7 +179,10 @@ impl Trouble {
             }
             Trouble::SlowWay(from, to, nanos) => cluster.network().slow_down(*from, *to, *nanos),
             Trouble::Weather(weather) => cluster.network().set_weather(*weather),
-            Trouble::HealNetwork => cluster.network().heal(),
+            Trouble::HealNetwork => {
+                let now = cluster.now();
+                cluster.network().heal(now);
+            }
             Trouble::SetClock(node, micros) => cluster.set_clock(*node, *micros),
             Trouble::Disk(node, shard, rule) => cluster.trouble_disk(*node, *shard, rule.clone()),
             Trouble::HealDisk(node, shard) => cluster.heal_disk(*node, *shard),

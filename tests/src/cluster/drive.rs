@@ -3,15 +3,18 @@
 //! Invariant: one thing at a time, chosen by the seed among what is ready; when nothing is, time
 //! jumps to the next moment at which something will be. A paused node's inputs wait for it.
 
+use std::collections::BTreeSet;
+
+use annulus_cluster::NodeId;
 use annulus_engine::model::Instant;
 use annulus_engine::sim::Step;
 
 use super::client::Wish;
-use super::host::Change;
+use super::host::{Change, node_id};
 use super::wires::{Delivery, Output};
 use super::{Route, SimCluster};
 use crate::checker::Violation;
-use crate::network::Place;
+use crate::network::{Parcel, Place};
 
 /// Steps without any progress of time after which the cluster is said to spin.
 const STEPS_MAX: u64 = 20_000_000;
@@ -138,19 +141,43 @@ impl SimCluster {
     fn turn(&mut self, place: Place) {
         self.executor.pass_a_moment();
         self.turns += 1;
+        let reachable = self.reachable_from(place.node);
         let node = &mut self.nodes[place.node as usize];
         let waiting: Vec<usize> = node.hosts.iter().map(|host| host.mesh_waiting()).collect();
-        let output = node.hosts[place.shard as usize].turn(&waiting, &mut self.chance);
+        let output = node.hosts[place.shard as usize].turn(
+            &waiting,
+            &reachable,
+            self.common.shards,
+            &mut self.chance,
+        );
         for (shard, message) in output.mesh {
             node.hosts[shard as usize].push_mesh(message);
         }
         let now = self.now();
+        for (to, lane, bytes) in output.letters {
+            let to = Place { node: to.node.0 - 1, shard: to.shard };
+            // One that is refused is lost, as by a link that breaks.
+            self.network.send(now, Parcel { from: place, to, lane, bytes });
+        }
         for (key, bytes) in output.bytes {
             if let Some(route) = self.routes.get(&key) {
                 self.streams.send_down(now, key, route.client, bytes);
             }
         }
         self.hang_up(&output.closed);
+    }
+
+    /// The nodes to which links of this one stand, as far as it knows.
+    fn reachable_from(&mut self, node: u32) -> BTreeSet<NodeId> {
+        let now = self.now();
+        let others = (0..self.node_count()).filter(|other| *other != node);
+        others
+            .filter(|other| {
+                let alive = self.nodes[*other as usize].hosts.iter().any(|host| host.takes_input());
+                !self.network.is_known_down(node, *other, alive, now)
+            })
+            .map(node_id)
+            .collect()
     }
 
     /// Everything that is due arrives, and clients whose time has come act.

@@ -5,14 +5,17 @@
 //! arrives anywhere within the same turn.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::Path;
 use std::rc::Rc;
 
 use annulus::namespaces::Catalogue;
 use annulus::pump::{
-    AdminDesk, AdminJob, ConnectionKey, Message, Pump, PumpOptions, ShardMap, Verdict, Wires as _,
+    AdminDesk, AdminJob, ConnectionKey, Lane, Message, Pump, PumpOptions, ReplicationOptions,
+    ShardMap, Verdict, Wires as _,
 };
+use annulus_cluster::tracking::PeerShard;
+use annulus_cluster::{NodeId, Topology};
 use annulus_engine::Result;
 use annulus_engine::disk::Disk as _;
 use annulus_engine::identity::Identity;
@@ -25,7 +28,7 @@ use annulus_engine::sim::{Chance, SimDisk, SimDiskOptions, SimExecutor, SimRunti
 use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
 use annulus_net::wire::hello::{Limits, VERSION, Welcome};
 
-use super::wires::{Input, SimMesh, SimWires};
+use super::wires::{Input, SimLinks, SimMesh, SimWires};
 use crate::network::{Parcel, Place};
 use crate::workload::HASH_SEED;
 
@@ -64,6 +67,8 @@ pub(super) struct Common {
     pub(super) shards: u32,
     pub(super) options: Options,
     pub(super) catalogue: Rc<Catalogue>,
+    /// By node, as each sees it; empty in a cluster of one.
+    pub(super) topologies: Vec<Rc<Topology>>,
 }
 
 /// What a turn gave out.
@@ -72,6 +77,7 @@ pub(super) struct TurnOutput {
     pub(super) bytes: Vec<(ConnectionKey, Vec<u8>)>,
     pub(super) closed: Vec<ConnectionKey>,
     pub(super) mesh: Vec<(u32, Message)>,
+    pub(super) letters: Vec<(PeerShard, Lane, Vec<u8>)>,
 }
 
 /// One shard of one node.
@@ -86,6 +92,10 @@ pub(super) struct Host {
     mesh: VecDeque<Message>,
     parcels: VecDeque<Parcel>,
     wires: SimWires,
+    /// Nodes that the pump knows to be reachable.
+    links: BTreeSet<NodeId>,
+    /// Which life of its node this is.
+    pub(super) life: u64,
     /// A turn may have something to do.
     pub(super) dirty: bool,
     /// When the pump wants to be called though nothing arrives.
@@ -96,6 +106,16 @@ struct NoDesk;
 
 impl AdminDesk for NoDesk {
     fn begin(&self, _command: &str, _arguments: &str) -> AdminJob {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
+    fn client_address(&self) -> String {
+        String::new()
+    }
+
+    fn note_client(&self, _node: NodeId, _address: &str, _shards: u32) {}
+
+    fn adopt_catalogue(&self, _bytes: &[u8]) -> AdminJob {
         Box::pin(std::future::ready(Ok(Vec::new())))
     }
 }
@@ -119,6 +139,8 @@ impl Host {
             mesh: VecDeque::new(),
             parcels: VecDeque::new(),
             wires: SimWires::default(),
+            links: BTreeSet::new(),
+            life: 0,
             dirty: false,
             timeout: None,
         }
@@ -142,6 +164,7 @@ impl Host {
     /// Begins to open the shard.
     pub(super) fn start(&mut self, common: &Common) {
         assert!(self.is_down(), "a shard is started when it is down");
+        self.life += 1;
         let slot = Slot::default();
         let (disk, runtime) = (self.disk.clone(), self.runtime.clone());
         let (identity, options) = (identity(self.place, common), common.options);
@@ -161,6 +184,7 @@ impl Host {
         self.inputs.clear();
         self.mesh.clear();
         self.parcels.clear();
+        self.links.clear();
         (self.dirty, self.timeout) = (false, None);
         std::mem::take(&mut self.wires).keys()
     }
@@ -185,7 +209,8 @@ impl Host {
                 match opened {
                     Ok(shard) => {
                         let options = self.pump_options(common);
-                        let pump = Pump::new(shard, self.runtime.clone(), options);
+                        let mut pump = Pump::new(shard, self.runtime.clone(), options);
+                        pump.set_catalogue(Rc::clone(&common.catalogue));
                         self.stage = Stage::Up(Box::new(pump));
                         self.dirty = true;
                         Some(Change::Opened)
@@ -230,7 +255,14 @@ impl Host {
     }
 
     /// One turn of the shard's loop.
-    pub(super) fn turn(&mut self, mesh_waiting: &[usize], chance: &mut Chance) -> TurnOutput {
+    /// `reachable`: the nodes to which links stand.
+    pub(super) fn turn(
+        &mut self,
+        mesh_waiting: &[usize],
+        reachable: &BTreeSet<NodeId>,
+        shards: u32,
+        chance: &mut Chance,
+    ) -> TurnOutput {
         let (pump, drain_until) = match &mut self.stage {
             Stage::Up(pump) => (pump, None),
             Stage::Draining(pump, until) => (pump, Some(*until)),
@@ -250,11 +282,21 @@ impl Host {
         for message in self.mesh.drain(..) {
             pump.message(message, &mut self.wires);
         }
-        // The pump does not take messages of other nodes yet.
-        self.parcels.clear();
+        for node in self.links.symmetric_difference(reachable).copied().collect::<Vec<_>>() {
+            match reachable.contains(&node) {
+                true => pump.peer_up(node, shards),
+                false => pump.peer_down(node),
+            }
+        }
+        self.links.clone_from(reachable);
+        for Parcel { from, bytes, .. } in self.parcels.drain(..) {
+            let from = PeerShard { node: node_id(from.node), shard: from.shard };
+            pump.peer_message(from, &bytes, &mut self.wires);
+        }
         let mut mesh = SimMesh { waiting: mesh_waiting, sent: Vec::new(), chance };
-        let worked = pump.turn(&mut self.wires, &mut mesh);
-        let sent = mesh.sent;
+        let mut links = SimLinks { up: reachable, sent: Vec::new() };
+        let worked = pump.turn(&mut self.wires, &mut mesh, &mut links);
+        let (sent, letters) = (mesh.sent, links.sent);
         pump.end_turn();
         self.dirty = worked;
         self.timeout = pump.next_timeout();
@@ -266,7 +308,7 @@ impl Host {
         if ready {
             self.close();
         }
-        TurnOutput { bytes, closed, mesh: sent }
+        TurnOutput { bytes, closed, mesh: sent, letters }
     }
 
     fn close(&mut self) {
@@ -311,15 +353,23 @@ impl Host {
             catalogue: Rc::clone(&common.catalogue),
             message_memory: 4 << 20,
             desk: Rc::new(NoDesk),
+            replication: common.topologies.get(self.place.node as usize).map(|topology| {
+                ReplicationOptions { topology: Rc::clone(topology), life: self.life }
+            }),
         }
     }
+}
+
+/// A node's number among the members: from 1.
+pub(super) fn node_id(node: u32) -> NodeId {
+    NodeId(node + 1)
 }
 
 /// Who a shard is.
 pub(super) fn identity(place: Place, common: &Common) -> Identity {
     Identity {
         cluster: CLUSTER,
-        node: OriginId(place.node + 1),
+        node: OriginId(node_id(place.node).0),
         shard: place.shard,
         shard_count: common.shards,
         hash_seed: HASH_SEED,

@@ -25,6 +25,7 @@ use std::rc::Rc;
 use annulus::config::Compression;
 use annulus::namespaces::{Catalogue, Level as NamespaceLevel, Mode as NamespaceMode, Settings};
 use annulus::pump::ConnectionKey;
+use annulus_cluster::{NodeInfo, Topology, Weight};
 use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
 use annulus_engine::options::{Durability, Options};
 use annulus_engine::runtime::Runtime as _;
@@ -126,10 +127,12 @@ impl SimCluster {
         let executor = SimExecutor::new(chance.next_u64());
         let mut engine = Options { partition_bits: 3, ..tiny_options() };
         engine.log.durability = options.durability;
+        engine.replicated = options.nodes > 1;
         let common = Common {
             shards: options.shards,
             options: engine,
             catalogue: Rc::new(catalogue(options.replicas)),
+            topologies: topologies(options, engine.partition_bits),
         };
         let mut group = 0;
         let mut host = |node, shard, chance: &mut Chance| {
@@ -390,7 +393,7 @@ impl SimCluster {
 
     /// Everything is well again, except that nodes which are down stay so.
     pub fn heal(&mut self) {
-        self.network.heal();
+        self.network.heal(self.now());
         for node in 0..self.node_count() {
             self.resume(node);
             (0..self.common.shards).for_each(|shard| self.heal_disk(node, shard));
@@ -470,9 +473,15 @@ impl SimCluster {
     }
 
     /// The nodes that hold a partition.
-    fn replicas_of(&self, _partition: PartitionId) -> Vec<u32> {
-        // Until nodes share a topology each is alone.
-        (0..self.node_count()).take(1).collect()
+    fn replicas_of(&self, partition: PartitionId) -> Vec<u32> {
+        match self.common.topologies.first() {
+            // All namespaces have the same number of copies.
+            Some(topology) => {
+                let homes = topology.replicas(partition, u8::MAX);
+                homes.iter().map(|node| node.0 - 1).collect()
+            }
+            None => vec![0],
+        }
     }
 
     /// In which partitions the replicas differ now.
@@ -518,6 +527,28 @@ impl SimCluster {
         }
         found
     }
+}
+
+/// The members as each node sees them; none of a cluster of one.
+fn topologies(options: &ClusterOptions, partition_bits: u32) -> Vec<Rc<Topology>> {
+    if options.nodes < 2 {
+        return Vec::new();
+    }
+    let member = |node| NodeInfo {
+        id: host::node_id(node),
+        peer: format!("node-{node}:1"),
+        client: String::new(),
+        dc: "dc".to_owned(),
+        rack: "rack".to_owned(),
+        weight: Weight::ONE,
+    };
+    let members: Vec<NodeInfo> = (0..options.nodes).map(member).collect();
+    let of = |node| {
+        let (own, factors) = (host::node_id(node), [options.replicas]);
+        let topology = Topology::new(own, partition_bits, members.clone(), factors);
+        Rc::new(topology.expect("a few equal members have a ring"))
+    };
+    (0..options.nodes).map(of).collect()
 }
 
 /// The namespaces of every simulated cluster.

@@ -4,9 +4,11 @@
 //! after any time, none is lost while the connection lives, and both ends learn of its end, the
 //! client perhaps late, perhaps never.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use annulus::pump::{ConnectionKey, Message, Peers, Wires};
+use annulus::pump::{ConnectionKey, Lane, LinkDown, Links, Message, Peers, Wires};
+use annulus_cluster::NodeId;
+use annulus_cluster::tracking::PeerShard;
 use annulus_engine::model::Instant;
 use annulus_engine::sim::Chance;
 
@@ -227,6 +229,27 @@ impl Wires for SimWires {
 
     fn close(&mut self, connection: ConnectionKey) {
         self.closing.push(connection);
+    }
+}
+
+/// The links to other nodes, as one turn of a shard sees them.
+pub(super) struct SimLinks<'a> {
+    /// Nodes to which links stand.
+    pub(super) up: &'a BTreeSet<NodeId>,
+    pub(super) sent: Vec<(PeerShard, Lane, Vec<u8>)>,
+}
+
+impl Links for SimLinks<'_> {
+    fn send(&mut self, to: PeerShard, lane: Lane, message: &[u8]) -> Result<(), LinkDown> {
+        if !self.is_up(to.node) {
+            return Err(LinkDown);
+        }
+        self.sent.push((to, lane, message.to_vec()));
+        Ok(())
+    }
+
+    fn is_up(&self, node: NodeId) -> bool {
+        self.up.contains(&node)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::model::timestamp::HybridClock;
 use crate::model::{PartitionId, RecordRef, Timestamp, Token, WallMicros};
 
 /// How far ahead of use stamps are reserved, in microseconds.
-const STAMP_RESERVE_US: u64 = 400_000;
+const STAMP_RESERVE_US: u64 = 250_000;
 /// How far ahead of a stamp that runs ahead of the wall clock, in microseconds.
 const STAMP_RESERVE_MIN_US: u64 = 10_000;
 /// How many sequences are reserved at a time.

@@ -21,7 +21,7 @@ use annulus_engine::log::Lsn;
 use annulus_engine::model::causality::KeyState;
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{
-    Instant, Kind, NamespaceId, PartitionId, RecordRef, Token, TokenRange,
+    Instant, Kind, NamespaceId, PartitionId, RecordRef, Token, TokenRange, VersionVector,
 };
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{MergedIn, ScanRequest, Shard};
@@ -74,6 +74,20 @@ fn has(seen: &SeenSet, record: &RecordRef<'_>) -> bool {
         .is_ok_and(|state| state.siblings().iter().all(|sibling| seen.contains(sibling.dot)))
 }
 
+/// Adds a record; a key state is filled, because the needy does not know what is obsolete here.
+/// `base` is that of before the scan, so every dot in it that the state lacks is obsolete.
+fn push_filled(page: &mut RecordPage, record: &RecordRef<'_>, base: &VersionVector) {
+    match KeyState::of_record(record) {
+        Ok(mut state) if record.kind == Kind::Siblings => {
+            state.fill(base);
+            let filled = state.to_record(record);
+            let (timestamp, dot) = record.version();
+            page.push(&RecordRef { timestamp, dot, ..filled.as_ref() });
+        }
+        _ => page.push(record),
+    }
+}
+
 impl<D: Disk, R: Runtime> Pump<D, R> {
     /// Begins to fetch what this replica lacks of the partition.
     pub(super) fn begin_sync(&mut self, partition: PartitionId, helper: PeerShard) {
@@ -121,9 +135,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return self.count_peer_refusal(from);
         }
         let mut own_seen = Vec::new();
-        let floor = self.shard.with_seen(partition, |own| {
+        let (floor, base) = self.shard.with_seen(partition, |own| {
             own.encode(&mut own_seen);
-            needy.lacks(own)
+            (needy.lacks(own), own.base())
         });
         let wanted: Vec<NamespaceId> = self.namespaces_of(partition, from.node);
         let bytes_max = bytes_max.clamp(*PAGE_BYTES_RANGE.start(), *PAGE_BYTES_RANGE.end());
@@ -144,7 +158,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                             && wanted.contains(&record.namespace)
                             && !has(&needy, record)
                         {
-                            page.push(record);
+                            push_filled(&mut page, record, &base);
                         }
                         page.size() < bytes_max as usize
                     })

@@ -269,7 +269,10 @@ fn peer_conversation() -> BTreeMap<String, (u64, Vec<u8>)> {
     listener.receive(Instant(0), &hello, &two, &mut welcome, &mut handler).expect("a good hello");
     assert!(dialer.receive(&welcome, &one, &mut write).expect("a good welcome"));
     let digits = PEER_WRITE.as_bytes().chunks(2);
-    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    let byte = |pair: &[u8]| {
+        let text = std::str::from_utf8(pair).expect("hex is text");
+        u8::from_str_radix(text, 16).expect("two hex digits")
+    };
     let message: Vec<u8> = digits.map(byte).collect();
     dialer.message(&mut message.clone(), &mut write);
     let mut close = Vec::new();

@@ -1,15 +1,14 @@
 //! How far this shard's replicas are: what the tracking of a cluster asks of it.
 //!
 //! Invariant: nothing here changes a record. A partition is told as changed after its `seen`
-//! changed, at least once; a promise covers own writes only when they are visible, and holds after
-//! any crash.
+//! changed, at least once.
 
 use std::rc::Rc;
 
 use super::Shard;
 use crate::disk::Disk;
 use crate::log::Lsn;
-use crate::model::{PartitionId, SeenSet, Timestamp, WallMicros};
+use crate::model::{PartitionId, SeenSet, Timestamp};
 use crate::runtime::Runtime;
 
 /// Partitions of which something was told since the last look, each once.
@@ -56,25 +55,25 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         self.state.memory.borrow_mut().changed_partitions().take()
     }
 
-    /// Every own write stamped at or below this is visible, and none will be stamped at or below
-    /// it, also after a crash. While own writes of an earlier life may be missing it is the
-    /// greatest stamp of that life that the log still had: what was lost is stamped later.
+    /// While own writes of an earlier life may be missing: the greatest own stamp that was still
+    /// there when this life began. What was lost is stamped later.
     #[must_use]
-    pub fn promise(&self, wall: WallMicros) -> Timestamp {
+    pub fn lost_after(&self) -> Option<Timestamp> {
         let state = &*self.state;
         if !state.whole.get() {
             let replicas = state.memory.borrow().replicas().clone();
             if replicas.partitions().any(|partition| self.has_gap(partition)) {
-                return state.versions.borrow().recovered();
+                return Some(state.versions.borrow().recovered());
             }
             state.whole.set(true);
         }
-        let clock = self.clock_now(wall);
-        let visible = state.log.visible();
-        match state.unsettled.borrow_mut().oldest(visible) {
-            Some(oldest) => clock.min(Timestamp(oldest.0 - 1)),
-            None => clock,
-        }
+        None
+    }
+
+    /// Nobody asks any more for what is missing of a partition that others hold: see
+    /// [`Shard::has_gap`].
+    pub fn forget_gap(&self, partition: PartitionId) {
+        self.state.versions.borrow_mut().forget_gap(partition);
     }
 
     /// Whether own writes of the partition may have been lost in a crash and have not been

@@ -91,6 +91,11 @@ impl Versions {
         self.recovered = stamp;
     }
 
+    /// What is missing of a partition is no longer asked for.
+    pub(crate) fn forget_gap(&mut self, partition: PartitionId) {
+        self.starts[partition.0 as usize] = 0;
+    }
+
     /// Under which incarnation the partition's writes are logged.
     #[inline]
     pub(crate) fn incarnation(&self, partition: PartitionId) -> u32 {

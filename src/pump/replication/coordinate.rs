@@ -30,7 +30,7 @@ use annulus_net::wire::status::Status;
 
 use super::forward::micros_until;
 use super::{EPOCH, Letter};
-use crate::namespaces::{Availability, Namespace};
+use crate::namespaces::{Availability, Mode, Namespace};
 use crate::pump::execute::{Target, failure_of, sign, with_values};
 use crate::pump::writes::Waiting;
 use crate::pump::{Answer, Done, Lane, Origin, Pump, TASKS_MAX, Wires};
@@ -115,8 +115,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let topology = std::rc::Rc::clone(&replication.topology);
         let homes = topology.replicas(partition, namespace.n);
         let copies = u8::try_from(homes.len()).unwrap_or(u8::MAX);
-        if !homes.contains(&topology.own()) {
-            let mut order = homes.to_vec();
+        let is_home = homes.contains(&topology.own());
+        // Whoever may lack own writes must not put a vector over them.
+        let is_siblings = namespace.mode == Mode::Siblings && !matches!(request, Request::Get(_));
+        let must_not = is_siblings && (!is_home || self.shard.has_gap(partition));
+        if !is_home || must_not {
+            let mut order: Vec<NodeId> =
+                homes.iter().copied().filter(|home| *home != topology.own()).collect();
             replication.coordinator.health().order(self.now, &mut order);
             let is_up = |node: &&NodeId| replication.coordinator.health().is_healthy(**node);
             if let Some(home) = order.iter().find(is_up).copied() {
@@ -128,6 +133,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     self.refuse_later(origin, Status::BUSY, "the key's home cannot take more");
                 }
                 return;
+            }
+            if must_not {
+                let what = "no home replica of the key can take a write now";
+                let failure = Failure::new(Status::UNAVAILABLE, what).retry_after(100);
+                return refuse(self, target, failure);
             }
         }
         let defaults = self.defaults(&namespace, copies);

@@ -41,8 +41,8 @@ impl<D: Disk, R: Runtime> Replica for View<'_, D, R> {
         self.shard.clock_now(self.wall)
     }
 
-    fn promise(&self) -> Timestamp {
-        self.shard.promise(self.wall)
+    fn lost_after(&self) -> Option<Timestamp> {
+        self.shard.lost_after()
     }
 
     fn has_gap(&self, partition: PartitionId) -> bool {
@@ -84,15 +84,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             is_up
         });
         let wanted = tracking.sync_wanted(self.now, &view, &|node| peers.contains_key(&node));
-        let (floors, voids) = (tracking.take_floors(), tracking.voids(&view));
+        let (floors, closed) = (tracking.take_floors(), tracking.gaps_closed(&view));
         let done = tracking.guests_done(&view);
         for floor in floors {
             self.shard.set_purge_floor(floor.partition, floor.purge);
             self.shard.set_stable(floor.partition, floor.stable);
         }
-        for partition in voids {
-            // Tried again in the next round when the log cannot take it now.
-            let _ = self.shard.declare_own_void(partition);
+        for gap in closed {
+            match gap.is_void {
+                // Tried again in the next round when the log cannot take it now.
+                true => drop(self.shard.declare_own_void(gap.partition)),
+                false => self.shard.forget_gap(gap.partition),
+            }
         }
         for partition in done {
             tracing::debug!(partition = partition.0, "the holders have all that was kept for them");

@@ -69,10 +69,6 @@ pub trait Replica {
 
     /// Whether own writes of the partition may have been lost in a crash, and others may still
     /// have them: until it is told of [`GapClosed`].
-    ///
-    /// Meanwhile, and for ever as a guest that has closed its gap or dropped its copy with own
-    /// writes in it, the node must not coordinate a write in mode `siblings` there: the vector of
-    /// its state would say of own writes that only others have that they were replaced.
     fn has_gap(&self, partition: PartitionId) -> bool;
 
     /// Whether anything is under way to the partition's log that `seen` does not show yet.

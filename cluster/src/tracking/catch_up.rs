@@ -224,19 +224,30 @@ impl Tracking {
         if !self.others(partition).all(|(_, peer)| has_answered(peer)) {
             return false;
         }
-        let origin = origin_of(self.own);
-        let is_among = |kept: &SeenSet| {
-            let mut entries = self.others(partition).filter_map(|(_, p)| p.entries.get(&partition));
-            entries.all(|entry| kept.of(origin).covers(entry.seen.of(origin)))
-        };
         if self.is_holder(partition) {
-            return is_among(seen);
+            return self.is_own_among(partition, seen);
         }
         // A guest does not fetch what others have of its writes: each holder must have it.
         self.announced(partition).all(|(_, _, theirs)| {
             let mut kept = seen.clone();
             kept.union(theirs);
-            is_among(&kept)
+            self.is_own_among(partition, &kept)
         })
+    }
+
+    /// Whether all own writes that anybody has said to have are among these.
+    fn is_own_among(&self, partition: PartitionId, kept: &SeenSet) -> bool {
+        let origin = origin_of(self.own);
+        let mut entries = self.others(partition).filter_map(|(_, p)| p.entries.get(&partition));
+        entries.all(|entry| kept.of(origin).covers(entry.seen.of(origin)))
+    }
+
+    /// Whether this node may coordinate a write in mode `siblings`. It says with it that all its
+    /// earlier writes of the key which are not in the state were replaced, so it must know them:
+    /// not while it has a gap, nor as a guest that has dropped or lost some that others have.
+    #[must_use]
+    pub fn may_write_siblings(&self, partition: PartitionId, replica: &impl Replica) -> bool {
+        !replica.has_gap(partition)
+            && (self.is_holder(partition) || self.is_own_among(partition, &replica.seen(partition)))
     }
 }

@@ -273,8 +273,11 @@ fn a_guest_is_done_when_every_holder_has_on_disk_what_it_has() {
     net.settle(4);
     let (tracking, replica) = net.tracking(4);
     assert_eq!(tracking.guests_done(replica), [P]);
+    assert!(tracking.may_write_siblings(P, replica));
     replica.seen = Rc::default();
     net.settle(12);
+    let (tracking, replica) = net.tracking(4);
+    assert!(!tracking.may_write_siblings(P, replica), "holders have writes of it that it has not");
     assert_eq!(net.tracking(1).0.guests(P).count(), 0);
     assert!(net.tracking(1).0.purge_floor(P) >= Timestamp(1010));
 }

@@ -186,11 +186,6 @@ impl View {
         Dot { origin: self.own, sequence: self.sequence }
     }
 
-    /// Whether all own writes that may exist anywhere are here.
-    pub(super) fn knows_own(&self) -> bool {
-        self.gap.is_none() && self.state.seen.of(self.own).base() == self.sequence
-    }
-
     pub(super) fn base(&self) -> VersionVector {
         self.state.seen.base()
     }

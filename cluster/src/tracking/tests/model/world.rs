@@ -238,8 +238,12 @@ impl World {
         };
         let expiry_ms =
             if expires { (WALL + self.now / 1000) / 1000 + 1 + self.lot.below(20) } else { 0 };
-        let view = &mut self.nodes.get_mut(&node).unwrap().view;
-        if self.rules.mode == Mode::Siblings && !self.rules.writes_with_gaps && !view.knows_own() {
+        let Node { tracking, view, .. } = self.nodes.get_mut(&node).unwrap();
+        let may_write = match self.rules.mode {
+            Mode::LastWrite => true,
+            Mode::Siblings => tracking.may_write_siblings(PARTITION, view),
+        };
+        if !may_write && !self.rules.writes_with_gaps {
             return;
         }
         let dot = view.next_dot();

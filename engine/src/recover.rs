@@ -255,8 +255,6 @@ fn versions(
     let seen = replicas.partitions().map(|id| replicas.of(id).seen.last(own));
     let sequence = seen.fold(found.sequence, u64::max);
     let mut versions = Versions::starting_above(floor, sequence, identity.partition_bits);
-    let stamps = replicas.partitions().map(|id| replicas.of(id).seen.of(own).last_stamp());
-    versions.set_recovered(stamps.max().unwrap_or_default());
     for partition in replicas.partitions() {
         let replica = replicas.of(partition);
         if replica.incarnation > FIRST_INCARNATION {

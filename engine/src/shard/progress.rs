@@ -55,15 +55,15 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         self.state.memory.borrow_mut().changed_partitions().take()
     }
 
-    /// While own writes of an earlier life may be missing: the greatest own stamp that was still
-    /// there when this life began. What was lost is stamped later.
+    /// While own writes of earlier lives may be missing: a stamp below all of theirs. Zero, because
+    /// a gap of a life before the last may be as old as the shard.
     #[must_use]
     pub fn lost_after(&self) -> Option<Timestamp> {
         let state = &*self.state;
         if !state.whole.get() {
             let replicas = state.memory.borrow().replicas().clone();
             if replicas.partitions().any(|partition| self.has_gap(partition)) {
-                return Some(state.versions.borrow().recovered());
+                return Some(Timestamp::ZERO);
             }
             state.whole.set(true);
         }

@@ -32,8 +32,6 @@ pub(crate) struct Versions {
     incarnations: Vec<u32>,
     /// This life stamps above it.
     floor: Timestamp,
-    /// The greatest own stamp that was still there when this life began.
-    recovered: Timestamp,
     ceiling_stamp: Timestamp,
     ceiling_sequence: u64,
     /// The greatest ceiling of stamps that the log is known to hold durably.
@@ -49,7 +47,6 @@ impl Versions {
             starts: vec![sequence; 1 << partition_bits],
             incarnations: vec![FIRST_INCARNATION; 1 << partition_bits],
             floor: stamp,
-            recovered: Timestamp::ZERO,
             ceiling_stamp: stamp,
             ceiling_sequence: sequence,
             ceiling_durable: stamp,
@@ -79,16 +76,6 @@ impl Versions {
     /// and a stamp below those of all later writes.
     pub(crate) fn void_end(&self, partition: PartitionId) -> (u64, Timestamp) {
         (self.starts[partition.0 as usize], self.floor)
-    }
-
-    /// The greatest own stamp that was still there when this life began.
-    pub(crate) fn recovered(&self) -> Timestamp {
-        self.recovered
-    }
-
-    /// Takes note of it.
-    pub(crate) fn set_recovered(&mut self, stamp: Timestamp) {
-        self.recovered = stamp;
     }
 
     /// What is missing of a partition is no longer asked for.

@@ -28,6 +28,7 @@ use annulus_net::wire::operation::{Get, Operation as Request};
 use annulus_net::wire::response::{Failure, ReadFacts, WriteFacts};
 use annulus_net::wire::status::Status;
 
+use super::exchange::View;
 use super::forward::micros_until;
 use super::{EPOCH, Letter};
 use crate::namespaces::{Availability, Mode, Namespace};
@@ -118,7 +119,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let is_home = homes.contains(&topology.own());
         // Whoever may lack own writes must not put a vector over them.
         let is_siblings = namespace.mode == Mode::Siblings && !matches!(request, Request::Get(_));
-        let must_not = is_siblings && (!is_home || self.shard.has_gap(partition));
+        let view = View { shard: &self.shard, wall: self.wall };
+        let must_not = is_siblings && !replication.tracking.may_write_siblings(partition, &view);
         if !is_home || must_not {
             let mut order: Vec<NodeId> =
                 homes.iter().copied().filter(|home| *home != topology.own()).collect();

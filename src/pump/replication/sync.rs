@@ -224,7 +224,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 return self.end_sync(id, false);
             }
         };
-        session.adopted.get_or_insert(seen);
+        // The first page's is the one to adopt; a helper that has less by now has crashed, or has
+        // dropped its copy, and what it showed since proves nothing.
+        if !seen.covers(session.adopted.get_or_insert_with(|| seen.clone())) {
+            return self.end_sync(id, false);
+        }
         session.merging = true;
         session.deadline = now.after_nanos(PAGE_TIMEOUT_NANOS);
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));

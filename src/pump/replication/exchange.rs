@@ -22,6 +22,9 @@ use crate::pump::{Done, Lane, Pump};
 /// How often the conversation is looked at, in nanoseconds.
 const EXCHANGE_NANOS: u64 = 20_000_000;
 
+/// How often gaps and stand-in copies are looked at, in nanoseconds.
+const LOOK_NANOS: u64 = 250_000_000;
+
 /// The shard as tracking sees it.
 pub(super) struct View<'a, D: Disk, R: Runtime> {
     pub(super) shard: &'a Shard<D, R>,
@@ -67,15 +70,15 @@ impl<D: Disk, R: Runtime> Replica for View<'_, D, R> {
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
-    /// Does what is due. Returns whether anything was.
-    pub(in crate::pump) fn exchange_turn(&mut self) -> bool {
-        let Some(replication) = &mut self.replication else { return false };
+    /// Does what is due. What it says to others leaves with the letters.
+    pub(in crate::pump) fn exchange_turn(&mut self) {
+        let Some(replication) = &mut self.replication else { return };
         if self.now < replication.next_exchange {
-            return false;
+            return;
         }
         replication.next_exchange = self.now.after_nanos(EXCHANGE_NANOS);
         let mut view = View { shard: &self.shard, wall: self.wall };
-        let Replication { tracking, letters, peers, .. } = &mut **replication;
+        let Replication { tracking, letters, peers, next_look, .. } = &mut **replication;
         tracking.poll(self.now, &mut view, &mut |to, message| {
             let is_up = peers.contains_key(&to.node);
             if is_up {
@@ -84,8 +87,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             is_up
         });
         let wanted = tracking.sync_wanted(self.now, &view, &|node| peers.contains_key(&node));
-        let (floors, closed) = (tracking.take_floors(), tracking.gaps_closed(&view));
-        let done = tracking.guests_done(&view);
+        let floors = tracking.take_floors();
+        // Both look at every partition, and neither is in a hurry.
+        let (mut closed, mut done) = (Vec::new(), Vec::new());
+        if self.now >= *next_look {
+            *next_look = self.now.after_nanos(LOOK_NANOS);
+            done = tracking.guests_done(&view);
+            if self.shard.lost_after().is_some() {
+                closed = tracking.gaps_closed(&view);
+            }
+        }
         for floor in floors {
             self.shard.set_purge_floor(floor.partition, floor.purge);
             self.shard.set_stable(floor.partition, floor.stable);
@@ -105,7 +116,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             self.begin_sync(wanted.partition, wanted.helper);
         }
         self.expire_syncs();
-        true
     }
 
     /// A message of the background conversation.

@@ -86,6 +86,7 @@ pub(super) struct Replication {
     next_sweep: Instant,
     next_id: u64,
     next_exchange: Instant,
+    next_look: Instant,
 }
 
 impl Replication {
@@ -111,6 +112,7 @@ impl Replication {
             next_sweep: now,
             next_id: first_id,
             next_exchange: now,
+            next_look: now,
         }
     }
 
@@ -164,7 +166,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// The end of a turn: what was decided is carried out, and all letters leave.
     pub(super) fn replicate(&mut self, wires: &mut dyn Wires, links: &mut dyn Links) -> bool {
         let mut worked = self.act(wires);
-        worked |= self.exchange_turn();
+        self.exchange_turn();
         let now = self.now;
         let Some(replication) = &mut self.replication else { return worked };
         if now >= replication.next_sweep {

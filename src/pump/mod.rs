@@ -322,7 +322,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// A connection was accepted.
     pub fn accepted(&mut self, connection: ConnectionKey) {
-        let wire = ServerConnection::new(self.now, &self.facts, self.budget.clone());
+        let mut wire = ServerConnection::new(self.now, &self.facts, self.budget.clone());
+        if self.draining {
+            // It has not greeted: there is nothing to say yet.
+            wire.drain(&mut Vec::new());
+        }
         self.sessions.insert(connection, Session::new(wire));
         self.metrics.borrow_mut().counters.connections_accepted += 1;
     }
@@ -391,7 +395,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             Err(close) => {
                 tracing::debug!(connection = connection.0, %close, "connection closed");
                 self.metrics.borrow_mut().counters.connections_shed += 1;
-                Verdict::Close
+                // Nobody tells of the end of what is ended here; answers find nobody.
+                return Verdict::Close;
             }
         };
         Self::attend(&mut self.attention, connection, &mut session);
@@ -528,6 +533,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         self.writes.is_empty()
             && self.tasks.is_empty()
             && self.forwarded.is_empty()
+            && self.outbox.is_empty()
             && self.replication.as_ref().is_none_or(|replication| replication.is_idle())
             && self.sessions.values().all(|session| session.wire.in_flight() == 0)
     }
@@ -542,6 +548,21 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     #[must_use]
     pub fn topology(&self) -> Option<&Topology> {
         self.replication.as_ref().map(|replication| replication.topology())
+    }
+
+    /// Whether no answer waits to be cut into frames.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.sessions.values().all(|session| !session.wire.has_queued())
+    }
+
+    /// Connections, and requests that are not answered yet: of these connections, and those that
+    /// wait here for the log, the disk or another shard.
+    #[must_use]
+    pub fn load(&self) -> (usize, usize) {
+        let own: usize = self.sessions.values().map(|s| s.wire.in_flight() as usize).sum();
+        let waiting = self.writes.len() + self.tasks.len() + self.forwarded.len();
+        (self.sessions.len(), own.max(waiting))
     }
 
     /// The namespaces have changed.

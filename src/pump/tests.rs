@@ -12,9 +12,13 @@ use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
 use annulus_engine::sim::{Fault, Op, Rule, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
+use annulus_net::wire::FrameHeader;
 use annulus_net::wire::fields::{Condition, Level, OperationFlags, Ttl};
-use annulus_net::wire::hello::{Limits, VERSION, Welcome};
+use annulus_net::wire::frame::HEADER_SIZE;
+use annulus_net::wire::hello::{Hello, Limits, VERSION, Welcome};
 use annulus_net::wire::operation::{Get, Operation, Put, WriteOptions};
+use annulus_net::wire::request::Outgoing;
+use annulus_net::wire::slices::{FrameWriter, Head};
 use annulus_net::wire::status::Status;
 
 use super::*;
@@ -252,4 +256,42 @@ fn one_failure_is_over_in_a_blink() {
     assert_eq!(world.answer(id), Status::OK);
     let id = world.put("waits", Condition::Always);
     assert_eq!(world.answer(id), Status::OK);
+}
+
+#[test]
+fn a_connection_that_was_closed_for_what_it_sent_leaves_nothing_behind() {
+    let mut world = World::new();
+    let key = ConnectionKey(7);
+    world.pump.accepted(key);
+    assert_eq!(world.pump.load().0, 1);
+    let verdict = world.pump.received(key, &[0xff; 64], &mut Vec::new(), 0);
+    assert_eq!(verdict, Verdict::Close);
+    assert_eq!(world.pump.load(), (0, 0), "its requests in flight would hold up every stop");
+    assert!(world.pump.is_idle());
+}
+
+#[test]
+fn a_connection_that_comes_while_the_shard_drains_has_its_requests_refused() {
+    let mut world = World::new();
+    world.pump.drain(&mut NoWires);
+    let key = ConnectionKey(7);
+    world.pump.accepted(key);
+    let (mut writer, mut bytes, mut out) = (FrameWriter::default(), Vec::new(), Vec::new());
+    for request in [Outgoing::Hello(Hello::default()), Outgoing::Stats] {
+        let head = Head { opcode: request.opcode().request(), ..Head::default() };
+        let mut body = Vec::new();
+        request.encode(&mut body);
+        writer.owned_message(&mut bytes, head, body);
+    }
+    writer.flush_slices(&mut bytes, usize::MAX);
+    assert_eq!(world.pump.received(key, &bytes, &mut out, 0), Verdict::Keep);
+    let mut statuses = Vec::new();
+    let mut at = 0;
+    while let Some(head) = out[at..].first_chunk::<HEADER_SIZE>() {
+        let header = FrameHeader::decode(head, at as u64).expect("a frame");
+        statuses.push(header.status());
+        at += header.frame_size();
+    }
+    assert_eq!(statuses, [Status::OK, Status::SHUTTING_DOWN]);
+    assert!(world.pump.is_idle());
 }

@@ -50,6 +50,10 @@ impl WriteQueue {
         self.waiting.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// When the first answer may leave, if only the throttle holds it back.
     pub(super) fn held_until(&self, visible: Lsn) -> Option<Instant> {
         let front = self.waiting.front()?;

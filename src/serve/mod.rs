@@ -16,6 +16,8 @@ mod links;
 mod map;
 mod node;
 mod shard;
+mod vitals;
+mod watch;
 
 use std::fmt;
 use std::io::Write as _;
@@ -33,6 +35,8 @@ use crate::admin::Admin;
 use crate::config::Config;
 use node::{Node, NodeFacts, State};
 use shard::ShardStart;
+use vitals::Phase;
+use watch::{StopWatch, Watch, describe};
 
 /// Messages that one shard may have waiting for another.
 const MESH_CAPACITY: usize = 4096;
@@ -101,8 +105,9 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
         peer_listener: Some(first_peer_listener),
     };
     let mut threads = vec![(0, start_thread(first, &config, &tell)?)];
+    let mut watch = Watch::new();
     let facts = loop {
-        match next(&told, &mut threads) {
+        match next(&told, &mut threads, &node, &mut watch) {
             Told::Facts(facts) => break *facts,
             Told::Ended(_, Err(what)) => return Err(ServeError::new(what)),
             Told::Stop => return finish(&node, threads, &told),
@@ -127,7 +132,7 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     }
     let mut waiting = shards;
     while waiting > 0 {
-        match next(&told, &mut threads) {
+        match next(&told, &mut threads, &node, &mut watch) {
             Told::Ready => waiting -= 1,
             Told::Ended(shard, ended) => {
                 let what = ended.err().unwrap_or_else(|| "it ended while starting".to_owned());
@@ -168,10 +173,14 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
     tracing::info!(%client, %admin_address, shards, "serving");
 
     let ended = loop {
-        match next(&told, &mut threads) {
+        match next(&told, &mut threads, &node, &mut watch) {
             Told::Stop => break None,
             Told::Ended(shard, ended) => {
                 let what = ended.err().unwrap_or_else(|| "it ended by itself".to_owned());
+                if let Some(vitals) = node.vitals().get(shard as usize) {
+                    // Also of one that panicked: nobody waits for it.
+                    vitals.set_phase(Phase::Ended);
+                }
                 break Some(format!("shard {shard}: {what}"));
             }
             Told::Facts(_) | Told::Ready => {}
@@ -210,8 +219,14 @@ type Thread = std::thread::JoinHandle<Result<(), String>>;
 
 /// What a shard tells next. A thread that ended without a word (no ring could be had) is told of
 /// as well.
-fn next(told: &mpsc::Receiver<Told>, threads: &mut Vec<(u32, Thread)>) -> Told {
+fn next(
+    told: &mpsc::Receiver<Told>,
+    threads: &mut Vec<(u32, Thread)>,
+    node: &Node,
+    watch: &mut Watch,
+) -> Told {
     loop {
+        watch.look(node);
         if let Ok(told) = told.recv_timeout(LOOK_AT_THREADS) {
             return told;
         }
@@ -260,10 +275,8 @@ fn finish(
 ) -> Result<(), ServeError> {
     node.set_state(State::Draining);
     let mut problems = Vec::new();
-    #[expect(clippy::disallowed_methods, reason = "bounds the stop of the whole process")]
-    let now = std::time::Instant::now;
-    let until = now() + STOP_TIMEOUT;
-    while !threads.is_empty() && now() < until {
+    let mut watch = StopWatch::new(STOP_TIMEOUT);
+    while !threads.is_empty() && watch.look(node) {
         if let Ok(Told::Ended(shard, Err(what))) = told.recv_timeout(LOOK_AT_THREADS / 20) {
             problems.push(format!("shard {shard}: {what}"));
         }
@@ -273,11 +286,19 @@ fn finish(
                 if let Err(what) = joined(thread) {
                     problems.push(format!("shard {shard}: {what}"));
                 }
+                if let Some(vitals) = node.vitals().get(shard as usize) {
+                    // Also of one that could not say so itself: nobody waits for it.
+                    vitals.set_phase(Phase::Ended);
+                    node.wake_all();
+                }
             }
         }
     }
     if !threads.is_empty() {
-        problems.push("a shard did not end in time; its log has all it acknowledged".to_owned());
+        problems.push(format!(
+            "a shard did not end in time; its log has all it acknowledged: {}",
+            describe(node.vitals(), threads.iter().map(|(shard, _)| *shard))
+        ));
     }
     if problems.is_empty() { Ok(()) } else { Err(ServeError::new(problems.join("; "))) }
 }

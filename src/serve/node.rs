@@ -17,6 +17,7 @@ use futures_channel::mpsc;
 use futures_channel::oneshot;
 
 use super::map::ClientFacts;
+use super::vitals::Vitals;
 use crate::admin::Source;
 use crate::config::Config;
 use crate::members::Members;
@@ -80,6 +81,8 @@ pub(crate) struct Node {
     clients: RwLock<BTreeMap<NodeId, ClientFacts>>,
     map_version: AtomicU64,
     facts: OnceLock<(NodeFacts, Arc<Mesh<Parcel>>)>,
+    /// One a shard, from when their number is known.
+    vitals: OnceLock<Vec<Vitals>>,
     state: AtomicU8,
     /// Counts changes of state, namespaces and inboxes.
     changes: AtomicU64,
@@ -103,6 +106,7 @@ impl Node {
             clients: RwLock::default(),
             map_version: AtomicU64::new(1),
             facts: OnceLock::new(),
+            vitals: OnceLock::new(),
             state: AtomicU8::new(State::Starting as u8),
             changes: AtomicU64::new(1),
             catalogue: RwLock::new(Arc::new(catalogue)),
@@ -157,6 +161,7 @@ impl Node {
     }
 
     pub(crate) fn set_facts(&self, facts: NodeFacts, mesh: Arc<Mesh<Parcel>>) {
+        let _ = self.vitals.set((0..facts.shard_count).map(|_| Vitals::new()).collect());
         // Set once, by the main thread.
         let _ = self.facts.set((facts, mesh));
         self.changed();
@@ -168,6 +173,16 @@ impl Node {
 
     pub(crate) fn mesh(&self) -> Option<&Arc<Mesh<Parcel>>> {
         self.facts.get().map(|(_, mesh)| mesh)
+    }
+
+    /// What each shard is doing; empty while nobody knows how many there are.
+    pub(crate) fn vitals(&self) -> &[Vitals] {
+        self.vitals.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether no shard has a request of its own any more.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.vitals().iter().all(Vitals::is_drained)
     }
 
     pub(crate) fn state(&self) -> State {

@@ -31,6 +31,7 @@ use super::desk::Desk;
 use super::links::{IncomingSet, LinkChange, LinkOptions, LinkSet, PeerAddress, PeerSockets};
 use super::map::{self, ClientFacts};
 use super::node::{Ask, Inbox, Node, NodeFacts, Parcel, State};
+use super::vitals::{self, Load, Phase, Vitals};
 use super::{Told, claim};
 use crate::metrics::ShardSnapshot;
 use crate::namespaces::Catalogue;
@@ -41,6 +42,8 @@ use crate::pump::{
 
 /// How often the numbers that the node shows are refreshed, in nanoseconds.
 const NOTE_NANOS: u64 = 250_000_000;
+/// How long a drained shard waits for clients to take their last answers, in nanoseconds.
+const LEAVE_NANOS: u64 = 1_000_000_000;
 /// Results of one batch and long replies of one connection, in bytes.
 const LONG_BYTES_MIN: usize = 4 << 20;
 
@@ -139,6 +142,8 @@ pub(crate) async fn run(
     let client = ClientFacts { address: node.client_address(), shard_count: facts.shard_count };
     node.note_client(own, client);
     pump.set_waker(runtime.waker().clone());
+    let vitals = &node.vitals()[index as usize];
+    vitals.set_phase(Phase::Serving);
     // The main thread waits for it.
     let _ = tell.send(Told::Ready);
     let mut served = Served {
@@ -149,12 +154,15 @@ pub(crate) async fn run(
         port: mesh.join(index as usize, ring.waker()),
         inbox,
         node: Arc::clone(&node),
+        index: index as usize,
         runtime: runtime.clone(),
         changes: 0,
         map_version: 0,
         catalogue: known,
         drain_until: None,
+        leave_until: None,
         next_note: Instant(0),
+        next_vitals: Instant(0),
     };
     let host_options = HostOptions {
         spin_us: u64::try_from(node.config().spin.as_micros()).unwrap_or(0),
@@ -167,9 +175,26 @@ pub(crate) async fn run(
     let shard = served.pump.shard().clone();
     tracing::debug!(shard = index, idle = served.pump.is_idle(), "drained");
     drop(served);
-    let closed = drive(&ring, &runtime, shard.close()).await.map_err(text)?;
+    let closed = drive(&ring, &runtime, close(&shard, vitals, &runtime)).await.map_err(text)?;
     runtime.shut_down();
+    vitals.note_ring(ring.in_flight());
     closed.map_err(text)
+}
+
+/// Closes the shard, and notes how far it is.
+async fn close(
+    shard: &Shard<RingDisk, ShardRuntime>,
+    vitals: &Vitals,
+    runtime: &ShardRuntime,
+) -> annulus_engine::Result<()> {
+    let mut closing = std::pin::pin!(shard.close());
+    std::future::poll_fn(|context| {
+        let polled = closing.as_mut().poll(context);
+        vitals.note_closing(shard.closing());
+        vitals.note_turn(runtime.now());
+        polled
+    })
+    .await
 }
 
 /// Waits, without a spin, until the main thread has said who the node is. Nothing else runs yet.
@@ -374,7 +399,11 @@ struct Served {
     map_version: u64,
     catalogue: Arc<Catalogue>,
     drain_until: Option<Instant>,
+    /// When the last answers must have gone out.
+    leave_until: Option<Instant>,
     next_note: Instant,
+    next_vitals: Instant,
+    index: usize,
 }
 
 impl Served {
@@ -440,17 +469,66 @@ impl Served {
             let sent_bytes = self.sockets.connections().stats().sent_bytes;
             self.pump.note_sent(sent_bytes);
         }
-        match self.drain_until {
-            Some(until) if now >= until || self.pump.is_idle() => Turn::Stop,
-            _ if worked => Turn::Busy,
-            _ => {
-                let timeouts = [self.pump.next_timeout(), self.peers.next_timeout()];
-                timeouts.into_iter().flatten().min().map_or(Turn::Idle, Turn::IdleUntil)
-            }
+        if now >= self.next_vitals {
+            self.next_vitals = now.after_nanos(vitals::NOTE_NANOS);
+            self.note_vitals(now);
+        }
+        if let Some(until) = self.drain_until
+            && (now >= until || self.may_leave(now))
+        {
+            return Turn::Stop;
+        }
+        if worked {
+            return Turn::Busy;
+        }
+        let timeouts = [self.pump.next_timeout(), self.peers.next_timeout()];
+        timeouts.into_iter().flatten().min().map_or(Turn::Idle, Turn::IdleUntil)
+    }
+
+    fn vitals(&self) -> &Vitals {
+        &self.node.vitals()[self.index]
+    }
+
+    fn note_vitals(&mut self, now: Instant) {
+        self.vitals().note_turn(now);
+        if self.drain_until.is_some() {
+            let unsent_bytes = self.sockets.connections().unsent_bytes();
+            let (sessions, requests) = self.pump.load();
+            self.vitals().note_load(Load { sessions, requests, unsent_bytes });
         }
     }
 
-    /// Something about the node has changed: namespaces, state, or questions have come.
+    /// Whether this shard is drained, no other may still need it for an answer, and what it
+    /// answered last has gone out, as far as its clients take it.
+    fn may_leave(&mut self, now: Instant) -> bool {
+        if !self.pump.is_idle() {
+            return false;
+        }
+        if !self.vitals().is_drained() {
+            self.vitals().set_phase(Phase::Drained);
+            self.node.wake_all();
+        }
+        if !self.node.is_drained() {
+            return false;
+        }
+        let until = match self.leave_until {
+            Some(until) => until,
+            None => {
+                let until = now.after_nanos(LEAVE_NANOS);
+                self.wake_at(until);
+                *self.leave_until.insert(until)
+            }
+        };
+        let gone = self.pump.is_written() && self.sockets.connections().unsent_bytes() == 0;
+        gone || now >= until
+    }
+
+    /// Makes the loop come round at that time at the latest.
+    fn wake_at(&self, at: Instant) {
+        let sleep = self.runtime.sleep_until(at);
+        self.runtime.spawn(annulus_engine::runtime::Class::Foreground, sleep);
+    }
+
     /// Tells clients from now on what is known of the nodes.
     fn tell_map(&mut self) {
         let Some(facts) = self.node.facts() else { return };
@@ -460,6 +538,7 @@ impl Served {
         self.pump.set_map(self.map_version, runs, nodes);
     }
 
+    /// Something about the node has changed: namespaces, state, or questions have come.
     fn look_at_changes(&mut self, now: Instant) {
         self.changes = self.node.changes();
         let catalogue = self.node.catalogue();
@@ -488,11 +567,11 @@ impl Served {
             let nanos = u64::try_from(self.node.config().drain_timeout.as_nanos());
             let until = now.after_nanos(nanos.unwrap_or(u64::MAX));
             self.drain_until = Some(until);
+            self.vitals().set_phase(Phase::Draining);
+            self.next_vitals = now;
             self.sockets.stop_accepting();
             self.pump.drain(&mut SocketWires(self.sockets.connections()));
-            // The loop must come round at the latest when the time is up.
-            let sleep = self.runtime.sleep_until(until);
-            self.runtime.spawn(annulus_engine::runtime::Class::Foreground, sleep);
+            self.wake_at(until);
         }
     }
 

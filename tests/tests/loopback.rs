@@ -403,6 +403,41 @@ fn a_stop_under_load_drains_and_keeps_what_it_acknowledged() {
 }
 
 #[test]
+fn a_stop_waits_for_no_answer_of_a_shard_that_has_gone() {
+    let dir = scratch();
+    // On one core, so that one shard may end while the other has not seen the order.
+    let mut setup = two_shards(&dir).with("cores", "0");
+    for _ in 0..6 {
+        let server = setup.start();
+        let (mut raw, _) = Raw::greeted(server.client, &Hello::default()).unwrap();
+        // One connection asks its shard for keys of both, all the time; the other shard has
+        // nothing of its own to do.
+        let asker = thread::spawn(move || {
+            let mut asked = 0u32;
+            loop {
+                for number in 0..512u64 {
+                    asked += 1;
+                    let key = number.to_le_bytes();
+                    if raw.send(asked, &raw::get(&key)).is_err() {
+                        return asked;
+                    }
+                }
+                for _ in 0..512 {
+                    if !matches!(raw.frame(), Ok(Some(_))) {
+                        return asked;
+                    }
+                }
+            }
+        });
+        thread::sleep(Duration::from_millis(300));
+        let took;
+        (setup, took) = server.terminate();
+        assert!(asker.join().unwrap() > 64);
+        assert!(took < Duration::from_secs(4), "{took:?}");
+    }
+}
+
+#[test]
 fn dropped_namespaces_are_gone_and_new_ones_of_the_name_are_empty() {
     let dir = scratch();
     let server = two_shards(&dir).start();

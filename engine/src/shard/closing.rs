@@ -14,10 +14,10 @@ pub enum ClosingStage {
     Open,
     /// It waits for the background tasks to end.
     Tasks,
-    /// It writes the list of hot blocks.
-    WarmList,
     /// It waits for the log's last writes and its close record.
     Log,
+    /// It writes the list of hot blocks.
+    WarmList,
     /// It is done.
     Closed,
 }

@@ -135,6 +135,12 @@ impl Connections {
         }
     }
 
+    /// [`Connections::unsent`] of all connections. Costs a walk over them.
+    #[must_use]
+    pub fn unsent_bytes(&self) -> usize {
+        self.table.iter().map(Connection::unsent).sum()
+    }
+
     /// Queues a send for each connection that has something to send and none in flight. Called
     /// once at the end of each turn.
     pub fn flush(&mut self) {
@@ -248,7 +254,7 @@ impl Connections {
         let of = |c: &Connection| c.out.capacity() + c.in_flight.capacity() + c.held.capacity();
         let pooled: usize = self.pool.iter().map(Vec::capacity).sum();
         SocketStats {
-            unsent_bytes: self.table.iter().map(Connection::unsent).sum(),
+            unsent_bytes: self.unsent_bytes(),
             buffer_bytes: pooled + self.table.iter().map(of).sum::<usize>(),
             ..self.stats
         }

@@ -66,6 +66,6 @@ fn it_tells_how_far_it_is() {
         })
         .expect("it closes");
     use ClosingStage::{Closed, Log, Tasks, WarmList};
-    assert_eq!(seen, [Tasks, WarmList, Log, Closed]);
+    assert_eq!(seen, [Tasks, Log, WarmList, Closed]);
     assert_eq!((shard.closing().log_pending_bytes, shard.closing().log_writes), (0, 0));
 }

@@ -38,10 +38,14 @@ impl Weight {
 }
 
 /// A server as placement sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
     /// Which server.
     pub id: NodeId,
     /// Its share, in relation to the others'.
     pub weight: Weight,
+    /// Its data centre.
+    pub dc: String,
+    /// Its rack; racks of the same name in different data centres are different ones.
+    pub rack: String,
 }

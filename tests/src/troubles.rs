@@ -53,6 +53,13 @@ pub enum Trouble {
     HealNetwork,
     /// The node's wall clock jumps to so many microseconds from true time.
     SetClock(u32, i64),
+    /// A shard writes its memory to tables, which may be merged then: what may be purged goes.
+    Flush(u32, u32),
+    /// All shards do.
+    FlushAll,
+    /// Clients are quiet for so long, and what is in memory is flushed: whoever is up purges what
+    /// it may, while others are down or cut off.
+    Lull(u64),
     /// A shard's disk does this.
     Disk(u32, u32, Rule),
     /// A shard's disk is well again.
@@ -84,6 +91,13 @@ pub fn draw(
         if severity.skew_us > 0 && chance.one_in(2) {
             plan.push((0, Trouble::SetClock(node, skew(chance, severity.skew_us))));
         }
+    }
+    for _ in 0..chance.below(6) {
+        let flush = match chance.one_in(3) {
+            true => Trouble::FlushAll,
+            false => Trouble::Flush(pick(chance, nodes), pick(chance, shards)),
+        };
+        plan.push((chance.below(nanos), flush));
     }
     for _ in 0..severity.troubles {
         let at = chance.below(nanos);
@@ -184,6 +198,14 @@ impl Trouble {
                 cluster.network().heal(now);
             }
             Trouble::SetClock(node, micros) => cluster.set_clock(*node, *micros),
+            Trouble::FlushAll => cluster.flush_all(),
+            Trouble::Lull(nanos) => {
+                cluster.quiet();
+                cluster.flush_all();
+                cluster.drive(*nanos);
+                cluster.unquiet();
+            }
+            Trouble::Flush(node, shard) => cluster.flush(*node, *shard),
             Trouble::Disk(node, shard, rule) => cluster.trouble_disk(*node, *shard, rule.clone()),
             Trouble::HealDisk(node, shard) => cluster.heal_disk(*node, *shard),
         }

@@ -28,7 +28,7 @@ use annulus::pump::ConnectionKey;
 use annulus_cluster::{NodeInfo, Topology, Weight};
 use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
 use annulus_engine::options::{Durability, Options};
-use annulus_engine::runtime::Runtime as _;
+use annulus_engine::runtime::{Class, Runtime as _};
 use annulus_engine::shard::ScanRequest;
 use annulus_engine::sim::{Chance, Rule, SimDisk, SimExecutor};
 use annulus_net::wire::status::Status;
@@ -374,6 +374,24 @@ impl SimCluster {
         node.hosts.iter().for_each(|host| host.runtime.set_wall_offset(micros));
     }
 
+    /// Has a shard write its memory to tables, beside everything else. Nothing if it is down.
+    pub fn flush(&mut self, node: u32, shard: u32) {
+        let host = &self.nodes[node as usize].hosts[shard as usize];
+        if let Some(shard) = host.shard() {
+            host.runtime.spawn(Class::Background, async move {
+                // A failure shows in what is read later.
+                let _ = shard.flush().await;
+            });
+        }
+    }
+
+    /// Has every shard write its memory to tables.
+    pub fn flush_all(&mut self) {
+        for node in 0..self.node_count() {
+            (0..self.common.shards).for_each(|shard| self.flush(node, shard));
+        }
+    }
+
     /// Lets a shard's disk fail by this rule.
     pub fn trouble_disk(&mut self, node: u32, shard: u32, rule: Rule) {
         let now = self.now();
@@ -502,8 +520,46 @@ impl SimCluster {
                 }
             }
             found.extend(checker::converge::check(partition, &dumps));
+            found.extend(self.left_overs(partition));
         }
         found
+    }
+
+    /// What nodes hold of a partition that is not theirs: they should have handed it over.
+    fn left_overs(&self, partition: PartitionId) -> Vec<Violation> {
+        let homes = self.replicas_of(partition);
+        let guests = (0..self.node_count()).filter(|node| !homes.contains(node));
+        guests
+            .filter_map(|node| {
+                let held = self.dump(node, partition).ok()?.keys.len();
+                let what = format!("node {node} holds {held} keys that are not its own");
+                let checker = "converge";
+                (held > 0).then_some(Violation { checker, key: partition.0, event: None, what })
+            })
+            .collect()
+    }
+
+    /// Which key of which namespace a violation is about.
+    #[must_use]
+    pub fn subject(&self, violation: &Violation) -> Option<(NamespaceId, u32)> {
+        let keys = self
+            .mix
+            .targets
+            .iter()
+            .flat_map(|target| (0..target.keys).map(move |key| (target.namespace, key)));
+        let mut keys = keys.filter(|(namespace, key)| match violation.event {
+            // Checkers of a history name its key.
+            Some(event) => self.histories().any(|(id, history)| {
+                let at = history.events.get(event);
+                id == *namespace && *key == violation.key && at.is_some_and(|at| at.key == *key)
+            }),
+            // Comparisons of replicas name it as the store does.
+            None => {
+                let name = String::from_utf8_lossy(&book::key_name(*key)).into_owned();
+                violation.what.starts_with(&format!("namespace {} key {name:?}", namespace.0))
+            }
+        });
+        keys.next()
     }
 
     /// Says that all replicas are equal now and nothing is under way.

@@ -4,6 +4,8 @@
 //! Invariant: pure. A command that changes something returns what is to be kept; the server
 //! keeps it durably before it answers. Arguments and replies are JSON.
 
+use std::collections::BTreeSet;
+
 use annulus_engine::model::{PartitionId, Token};
 use annulus_net::wire::Status;
 use serde::de::DeserializeOwned;
@@ -69,6 +71,9 @@ pub struct RingQuery {
     /// The partition of this key, in base64.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_base64: Option<String>,
+    /// With as many copies as this namespace has; none is `default`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ns: Option<String>,
 }
 
 impl Command {
@@ -223,35 +228,36 @@ pub fn apply_to_namespaces(
     }))
 }
 
-/// One row of `annulus status`.
+/// One row of `annulus status`. What is not known of a member is null.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeRow {
     /// The node's id.
     pub id: u32,
     /// Where clients reach it.
-    pub address: String,
+    pub address: Option<String>,
     /// Its data centre.
     pub dc: String,
     /// Its rack.
     pub rack: String,
-    /// `up`, `draining`, `down`.
+    /// `up`, `draining`; `unreachable`: not from the node that was asked, but from another;
+    /// `down`: from none of those that answered.
     pub state: String,
     /// Its share of the data.
     pub weight: u32,
     /// Shards.
-    pub shards: u32,
+    pub shards: Option<u32>,
     /// Partitions of which it holds a copy.
     pub partitions: u32,
     /// Bytes of its tables and logs.
-    pub bytes: u64,
+    pub bytes: Option<u64>,
     /// `ok`, `pace`, `refuse`, `reserve`.
-    pub disk_level: String,
+    pub disk_level: Option<String>,
     /// p99 of gets and writes since the node serves, in microseconds, the greater one.
-    pub p99_us: f64,
-    /// Writes that it keeps for others.
-    pub hints_owed: u64,
-    /// How far its data may lag behind, in milliseconds.
-    pub as_of_lag_ms: u64,
+    pub p99_us: Option<f64>,
+    /// Writes that it keeps for others, and that some home has not said to have.
+    pub hints_owed: Option<u64>,
+    /// How far its data may lag behind, in milliseconds: of the partition that lags most.
+    pub as_of_lag_ms: Option<u64>,
 }
 
 /// The reply of `status`.
@@ -281,7 +287,7 @@ pub struct Placement {
 }
 
 impl StatusReply {
-    /// The status of a cluster of one node.
+    /// One node's own row, as if it were alone.
     #[must_use]
     pub fn of_one(placement: &Placement, node: &NodeSnapshot) -> StatusReply {
         let gauges = node.gauges();
@@ -293,32 +299,109 @@ impl StatusReply {
             .max()
             .unwrap_or(0);
         let level = json!(node.disk_level);
+        let standings = || node.shards.iter().map(|shard| shard.standing);
+        let sum = standings()
+            .map(|it| it.hints_owed)
+            .try_fold(0u64, |sum, owed| owed.map(|owed| sum.saturating_add(owed)));
+        let lags: Option<Vec<u64>> = standings().map(|it| it.as_of_lag_ms).collect();
+        let lag = lags.map(|lags| lags.into_iter().max().unwrap_or(0));
         let row = NodeRow {
             id: node.node,
-            address: placement.address.clone(),
+            address: Some(placement.address.clone()),
             dc: placement.dc.clone(),
             rack: placement.rack.clone(),
             state: placement.state.to_owned(),
             weight: placement.weight,
-            shards: u32::try_from(node.shards.len()).unwrap_or(u32::MAX),
+            shards: Some(u32::try_from(node.shards.len()).unwrap_or(u32::MAX)),
             partitions: 1 << placement.partition_bits,
-            bytes: gauges.table_bytes + gauges.log_replay_bytes,
-            disk_level: level.as_str().unwrap_or_default().to_owned(),
-            p99_us: p99 as f64 / 1000.0,
-            hints_owed: 0,
-            as_of_lag_ms: 0,
+            bytes: Some(gauges.table_bytes + gauges.log_replay_bytes),
+            disk_level: level.as_str().map(str::to_owned),
+            p99_us: Some(p99 as f64 / 1000.0),
+            hints_owed: sum,
+            as_of_lag_ms: lag,
         };
         StatusReply { cluster: node.cluster.clone(), nodes: vec![row] }
     }
 }
 
+/// What every member knows of another without asking it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberFacts {
+    /// The node's id.
+    pub id: u32,
+    /// Where clients reach it, if it has ever said so.
+    pub address: Option<String>,
+    /// Shards, if it has ever said so.
+    pub shards: Option<u32>,
+    /// Its data centre.
+    pub dc: String,
+    /// Its rack.
+    pub rack: String,
+    /// Its share of the data.
+    pub weight: u32,
+    /// Partitions of which it has a copy.
+    pub partitions: u32,
+}
+
+/// What a member says of itself when another is asked for the status.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// Its own row.
+    pub row: NodeRow,
+    /// Members that it can reach.
+    pub reaches: BTreeSet<u32>,
+}
+
+impl StatusReply {
+    /// The status of the whole cluster, from a node's own and what the others told.
+    #[must_use]
+    pub fn with_members(mut self, members: &[MemberFacts], told: &[MemberStatus]) -> StatusReply {
+        let mut known = std::mem::take(&mut self.nodes);
+        known.extend(told.iter().map(|status| status.row.clone()));
+        let row = |member: &MemberFacts| match known.iter().find(|row| row.id == member.id) {
+            Some(row) => NodeRow { partitions: member.partitions, ..row.clone() },
+            None => {
+                let is_reached = told.iter().any(|status| status.reaches.contains(&member.id));
+                NodeRow {
+                    id: member.id,
+                    address: member.address.clone(),
+                    dc: member.dc.clone(),
+                    rack: member.rack.clone(),
+                    state: if is_reached { "unreachable" } else { "down" }.to_owned(),
+                    weight: member.weight,
+                    shards: member.shards,
+                    partitions: member.partitions,
+                    bytes: None,
+                    disk_level: None,
+                    p99_us: None,
+                    hints_owed: None,
+                    as_of_lag_ms: None,
+                }
+            }
+        };
+        self.nodes = members.iter().map(row).collect();
+        self
+    }
+}
+
 /// One copy of a partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replica {
     /// The node.
     pub node: u32,
-    /// The shard on that node.
-    pub shard: u32,
+    /// The shard on that node; null until it has said how many it has.
+    pub shard: Option<u32>,
+    /// Where clients reach that node; null until it has said so.
+    pub address: Option<String>,
+}
+
+/// Who holds a partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Copies {
+    /// Its homes, in the order of the walk.
+    pub replicas: Vec<Replica>,
+    /// Who stands in for them, in order.
+    pub fallbacks: Vec<Replica>,
 }
 
 /// One partition and its copies, in the order of preference.
@@ -330,8 +413,10 @@ pub struct RingRow {
     pub first: String,
     /// Its last token.
     pub last: String,
-    /// Its copies.
+    /// Its homes, in order of preference.
     pub replicas: Vec<Replica>,
+    /// Who stands in for them when they cannot be reached, in order.
+    pub fallbacks: Vec<Replica>,
 }
 
 /// The reply of `ring`.
@@ -347,7 +432,7 @@ pub struct RingReply {
 }
 
 impl RingReply {
-    /// Answers a query. `copies` names the copies of a partition in order of preference.
+    /// Answers a query. `copies` names the holders of a partition.
     ///
     /// # Errors
     /// The partition is not on the ring, or the key is not base64.
@@ -355,16 +440,18 @@ impl RingReply {
         query: &RingQuery,
         partition_bits: u32,
         hash_seed: u64,
-        copies: impl Fn(PartitionId) -> Vec<Replica>,
+        copies: impl Fn(PartitionId) -> Copies,
     ) -> Result<RingReply, String> {
         use base64::Engine as _;
         let row = |partition: PartitionId| {
             let range = partition.range(partition_bits);
+            let Copies { replicas, fallbacks } = copies(partition);
             RingRow {
                 partition: partition.0,
                 first: range.first.to_string(),
                 last: range.last.to_string(),
-                replicas: copies(partition),
+                replicas,
+                fallbacks,
             }
         };
         let count = 1u32 << partition_bits;
@@ -420,7 +507,7 @@ mod tests {
             Command::NsSet(NsChange { name: "a".into(), settings }),
             Command::NsDrop(Named { name: "a".into() }),
             Command::Status,
-            Command::Ring(RingQuery { partition: Some(3), key_base64: None }),
+            Command::Ring(RingQuery { partition: Some(3), ..RingQuery::default() }),
             Command::SnapshotCreate(Named { name: "monday".into() }),
             Command::SnapshotList,
             Command::SnapshotDelete(Named { name: "monday".into() }),
@@ -470,7 +557,10 @@ mod tests {
 
     #[test]
     fn the_ring_answers_for_keys_partitions_and_all() {
-        let copies = |partition: PartitionId| vec![Replica { node: 1, shard: partition.0 % 2 }];
+        let copies = |partition: PartitionId| {
+            let own = Replica { node: 1, shard: Some(partition.0 % 2), address: None };
+            Copies { replicas: vec![own], fallbacks: Vec::new() }
+        };
         let ask = |query: RingQuery| RingReply::answer(&query, 4, 7, copies);
         let all = ask(RingQuery::default()).unwrap();
         assert_eq!((all.rows.len(), all.rows[15].last.as_str()), (16, "ffffffffffffffff"));

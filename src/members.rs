@@ -148,7 +148,8 @@ impl Members {
     }
 }
 
-fn percent(weight: Weight) -> u32 {
+/// A weight as `--weight` says it.
+pub(crate) fn percent(weight: Weight) -> u32 {
     weight.0 * WEIGHT_ORDINARY / Weight::ONE.0
 }
 

@@ -201,8 +201,19 @@ pub struct ShardSnapshot {
     pub metrics: ShardMetrics,
     /// What there is at this moment.
     pub gauges: Gauges,
+    /// How far it is from being whole.
+    pub standing: Standing,
     /// Connections between nodes that were refused or ended, by reason; empty without peers.
     pub peer_refusals: Vec<(&'static str, u64)>,
+}
+
+/// What a shard owes others, and others it; none is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Writes that it keeps for others, and that some home has not said to have.
+    pub hints_owed: Option<u64>,
+    /// How far the partition that lags most may lag behind, in milliseconds.
+    pub as_of_lag_ms: Option<u64>,
 }
 
 /// How full the disk is, and what that means for writes.

@@ -19,7 +19,7 @@ use super::output::{Output, finish};
 use super::remote::{self, TIMEOUT_LONG, connect, failure};
 use super::{Exit, Failure, Outcome};
 use crate::commands::{
-    Command, Named, RingQuery, RingReply, SnapshotReply, SnapshotRow, StatusReply,
+    Command, Named, Replica, RingQuery, RingReply, SnapshotReply, SnapshotRow, StatusReply,
     check_snapshot_name,
 };
 use crate::units::Size;
@@ -43,7 +43,8 @@ pub(super) fn ring(arguments: RingArguments) -> Outcome {
         Some(text) => Some(STANDARD.encode(key(text)?)),
         None => None,
     };
-    let query = RingQuery { partition: arguments.partition, key_base64 };
+    let query =
+        RingQuery { partition: arguments.partition, key_base64, ns: Some(arguments.namespace.ns) };
     let reply: RingReply = remote::command(&arguments.server, &Command::Ring(query))?;
     if arguments.server.json {
         let Some(text) = &arguments.key else { return print_json(&reply) };
@@ -53,20 +54,42 @@ pub(super) fn ring(arguments: RingArguments) -> Outcome {
             "token": reply.token,
             "partition": row.partition,
             "replicas": row.replicas,
+            "fallbacks": row.fallbacks,
         }));
     }
     let rows: Vec<Vec<String>> = reply
         .rows
         .iter()
         .map(|row| {
-            let replicas: Vec<String> =
-                row.replicas.iter().map(|copy| format!("{}/{}", copy.node, copy.shard)).collect();
+            let one = arguments.key.is_some() || arguments.partition.is_some();
             let token = reply.token.clone().unwrap_or_else(|| "-".to_owned());
             let (first, last) = (row.first.clone(), row.last.clone());
-            vec![row.partition.to_string(), token, first, last, replicas.join(" ")]
+            let (homes, others) = (replicas(&row.replicas, one), replicas(&row.fallbacks, one));
+            vec![row.partition.to_string(), token, first, last, homes, others]
         })
         .collect();
-    print_table(&["PARTITION", "TOKEN", "FIRST", "LAST", "REPLICAS (NODE/SHARD)"], &rows)
+    let header = ["PARTITION", "TOKEN", "FIRST", "LAST", "REPLICAS (NODE/SHARD)", "FALLBACKS"];
+    print_table(&header, &rows)
+}
+
+/// Copies as `node/shard`, with the node's address where there is room for it.
+fn replicas(copies: &[Replica], with_address: bool) -> String {
+    let shown = |copy: &Replica| {
+        let place = format!("{}/{}", copy.node, dash(copy.shard));
+        match &copy.address {
+            Some(address) if with_address => format!("{place}@{address}"),
+            _ => place,
+        }
+    };
+    if copies.is_empty() {
+        return "-".to_owned();
+    }
+    copies.iter().map(shown).collect::<Vec<_>>().join(" ")
+}
+
+/// What is not known is a dash.
+fn dash(value: Option<impl std::fmt::Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
 pub(super) fn status(arguments: StatusArguments) -> Outcome {
@@ -80,18 +103,18 @@ pub(super) fn status(arguments: StatusArguments) -> Outcome {
         .map(|node| {
             vec![
                 node.id.to_string(),
-                node.address.clone(),
+                dash(node.address.as_ref()),
                 node.dc.clone(),
                 node.rack.clone(),
                 node.state.clone(),
                 node.weight.to_string(),
-                node.shards.to_string(),
+                dash(node.shards),
                 node.partitions.to_string(),
-                Size(node.bytes).rounded(),
-                node.disk_level.clone(),
-                format!("{:.0}us", node.p99_us),
-                node.hints_owed.to_string(),
-                format!("{}ms", node.as_of_lag_ms),
+                dash(node.bytes.map(|bytes| Size(bytes).rounded())),
+                dash(node.disk_level.as_ref()),
+                dash(node.p99_us.map(|us| format!("{us:.0}us"))),
+                dash(node.hints_owed),
+                dash(node.as_of_lag_ms.map(|ms| format!("{ms}ms"))),
             ]
         })
         .collect();

@@ -360,6 +360,8 @@ pub(crate) struct RingArguments {
     #[arg(long)]
     pub(crate) key: Option<OsString>,
     #[command(flatten)]
+    pub(crate) namespace: InNamespace,
+    #[command(flatten)]
     pub(crate) server: Server,
 }
 

@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use annulus_cluster::NodeId;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::Token;
+use annulus_engine::model::{Instant, Token};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{ShardStats, SpaceLevel};
 use annulus_net::wire::hello::{self, NamespaceFact};
@@ -13,7 +13,7 @@ use annulus_net::wire::response::{Failure, Page};
 use annulus_net::wire::status::Status;
 
 use super::{Answer, Done, Origin, Pump, Wires};
-use crate::metrics::{Gauges, ShardMetrics, ShardSnapshot};
+use crate::metrics::{Gauges, ShardMetrics, ShardSnapshot, Standing};
 use crate::namespaces::{Catalogue, Mode};
 
 /// A command being carried out. Ends with its JSON, or with a status and a sentence.
@@ -30,12 +30,24 @@ pub trait AdminDesk {
     /// Where clients reach another node, and how many shards it has; 0 if that is not known.
     fn note_client(&self, node: NodeId, address: &str, shard_count: u32);
 
+    /// The namespaces of this node as they are now, encoded.
+    fn catalogue(&self) -> Vec<u8>;
+
     /// Another node has a newer catalogue: makes it this node's.
     fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob;
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
-    pub(super) fn begin_admin(&mut self, origin: Origin, command: &str, arguments: &str) {
+    pub(super) fn begin_admin(
+        &mut self,
+        origin: Origin,
+        deadline: Instant,
+        command: &str,
+        arguments: &str,
+    ) {
+        let Err(origin) = self.begin_cluster_admin(origin, deadline, command, arguments) else {
+            return;
+        };
         let job = self.desk.begin(command, arguments);
         self.spawn(async move { Done::Admin { origin, reply: job.await } });
     }
@@ -106,6 +118,7 @@ pub(super) fn snapshot(
     metrics: &ShardMetrics,
     stats: &ShardStats,
     (connections, in_flight, held): (u64, u64, u64),
+    standing: Standing,
 ) -> ShardSnapshot {
     let mut metrics = metrics.clone();
     let counters = &mut metrics.counters;
@@ -140,7 +153,7 @@ pub(super) fn snapshot(
         log_poisoned: u64::from(stats.poisoned.is_some()),
         ..Gauges::default()
     };
-    ShardSnapshot { shard, metrics, gauges, peer_refusals: Vec::new() }
+    ShardSnapshot { shard, metrics, gauges, standing, peer_refusals: Vec::new() }
 }
 
 /// The disk's level as the metrics name it.

@@ -9,6 +9,7 @@ use annulus_net::server_connection::{Replies, Ticket};
 use annulus_net::wire::frame::Opcode;
 use annulus_net::wire::response::{self, BatchResults, Failure, ReadFacts, ValueRef, WriteFacts};
 use annulus_net::wire::status::Status;
+use futures_channel::oneshot;
 
 /// Names a connection of this shard for as long as it lives; never reused while answers to it may
 /// be on their way.
@@ -52,6 +53,8 @@ pub enum Origin {
     },
     /// This shard's own part of a write that it coordinates.
     Operation(OpId),
+    /// A task of this shard that asked another node.
+    Task(oneshot::Sender<(Status, Vec<u8>)>),
 }
 
 /// What to answer.

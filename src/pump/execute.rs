@@ -149,9 +149,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 let origin = target.defer();
                 return self.route_scan(origin, deadline, &scan);
             }
-            Request::Stats => return self.begin_admin(target.defer(), "stats", "{}"),
+            Request::Stats => return self.begin_admin(target.defer(), deadline, "stats", "{}"),
             Request::Admin(admin) => {
-                return self.begin_admin(target.defer(), admin.command, admin.json);
+                return self.begin_admin(target.defer(), deadline, admin.command, admin.json);
             }
             // The connection answers these itself.
             Request::Hello(_) | Request::Ping(_) => {
@@ -589,6 +589,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
             },
             Done::Admin { origin, reply } => self.answer_admin(origin, reply, wires),
+            Done::Told { origin, status, body } => {
+                self.answer(origin, &Answer::Raw(status, &body), wires);
+            }
+            Done::Changed(change) => self.changed(change),
             Done::Merged { origin, merged } => match (origin, merged) {
                 (Some((from, id)), Ok(())) => self.acknowledge(from, id),
                 (Some((from, id)), Err(error)) => self.refuse_write(from, id, &error),

@@ -4,7 +4,7 @@
 //! answered by the other shard, or by its deadline.
 
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, Token};
+use annulus_engine::model::{Instant, PartitionId, Token};
 use annulus_engine::runtime::Runtime;
 use annulus_net::wire::codec::Reader;
 use annulus_net::wire::frame::Opcode;
@@ -62,6 +62,13 @@ impl ShardMap {
         u32::try_from(scaled).expect("below the count")
     }
 
+    /// The first partition of this shard.
+    #[must_use]
+    pub fn first_partition(&self) -> PartitionId {
+        let first = (u64::from(self.own) << self.partition_bits).div_ceil(u64::from(self.count));
+        PartitionId(u32::try_from(first).expect("below the number of partitions"))
+    }
+
     /// The shard of a token.
     #[inline]
     #[must_use]
@@ -82,7 +89,7 @@ impl ShardMap {
             .take_while(|partition| self.shard_of_partition(*partition) == shard)
             .last()
             .unwrap_or(from);
-        annulus_engine::model::PartitionId(last).range(self.partition_bits).last
+        PartitionId(last).range(self.partition_bits).last
     }
 }
 
@@ -165,7 +172,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let context = self.facts.decode_context();
         let refusal = if opcode == Opcode::Scan {
             match Scan::decode(body) {
-                Ok(scan) => return self.begin_scan(origin, &scan, wires),
+                Ok(scan) => return self.start_scan(origin, deadline, 0, &scan),
                 Err(refusal) => refusal,
             }
         } else {
@@ -234,6 +241,10 @@ mod tests {
             let shards: Vec<u32> = (0..256).map(|p| map.shard_of_partition(p)).collect();
             assert!(shards.is_sorted());
             assert_eq!((shards[0], shards[255]), (0, count - 1));
+            for own in 0..count {
+                let first = ShardMap::new(own, count, 8).first_partition().0 as usize;
+                assert_eq!(shards.iter().position(|shard| *shard == own), Some(first));
+            }
             let last = map.last_token_of_shard(Token::MIN);
             assert_eq!(map.shard_of(last), 0);
             if last < Token::MAX {

@@ -63,7 +63,7 @@ pub use replication::ReplicationOptions;
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
-use replication::{MergedPage, OwnWrite, Replication};
+use replication::{Change, MergedPage, OwnWrite, Replication};
 use revive::Revival;
 use sessions::{Session, Sessions};
 use waiting::WaitingTasks;
@@ -154,6 +154,14 @@ enum Done {
         origin: Origin,
         reply: Result<Vec<u8>, (Status, String)>,
     },
+    /// What another node answered, to be passed on.
+    Told {
+        origin: Origin,
+        status: Status,
+        body: Vec<u8>,
+    },
+    /// This node has changed the namespaces of the cluster.
+    Changed(Change),
     /// A record of a coordinator was merged, and is visible if somebody waits for it.
     Merged {
         origin: Option<(PeerShard, u64)>,
@@ -582,6 +590,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             &self.metrics.borrow(),
             &self.shard.stats(),
             (self.sessions.len() as u64, in_flight, held),
+            self.standing_of_shard(),
         )
     }
 
@@ -647,6 +656,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 self.answer_forwarded(from, id, status, &body);
             }
             Origin::Operation(operation) => self.local_done(operation, answer),
+            // The task may have ended.
+            Origin::Task(tell) => drop(tell.send(answer.to_bytes())),
         }
     }
 

@@ -135,6 +135,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         // They may have changed meanwhile.
         shard.set_dropped_namespaces(self.catalogue.dropped());
         self.shard = shard;
+        self.replicate_anew();
         self.revival.stage = Stage::Well;
         self.revival.since = Some(self.now);
         self.metrics.borrow_mut().counters.log_reopened += 1;

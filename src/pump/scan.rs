@@ -1,11 +1,14 @@
 //! Scans: one page of one shard's part of a range.
 //!
-//! Invariant: a page ends at its shard's border; `next` then leads to the shard that follows, so
-//! that a client needs to know nothing of borders.
+//! Invariant: a page ends at its shard's border, and where its node is no home of what follows;
+//! `next` then leads on, so that a client needs to know nothing of borders. Each token is shown by
+//! one of its homes, never by a node that only stands in for one.
 
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::KeyState;
-use annulus_engine::model::{Instant, Kind, RecordRef, Token, TokenRange, WallMicros};
+use annulus_engine::model::{
+    Instant, Kind, NamespaceId, PartitionId, RecordRef, Token, TokenRange, WallMicros,
+};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::ScanRequest;
 use annulus_net::wire::frame::Opcode;
@@ -13,13 +16,13 @@ use annulus_net::wire::response::Page;
 use annulus_net::wire::scan::{Scan, TOMBSTONES};
 use annulus_net::wire::status::Status;
 
-use super::{Done, Origin, Pump, Wires};
+use super::{Done, Origin, Pump};
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn route_scan(&mut self, origin: Origin, deadline: Instant, scan: &Scan<'_>) {
         let shard = self.map.shard_of(scan.range.first);
         if shard == self.map.own() {
-            return self.start_scan(origin, scan);
+            return self.start_scan(origin, deadline, 0, scan);
         }
         let mut body = Vec::with_capacity(scan.size());
         scan.encode(&mut body);
@@ -32,15 +35,39 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    pub(super) fn begin_scan(&mut self, origin: Origin, scan: &Scan<'_>, _: &mut dyn Wires) {
-        self.start_scan(origin, scan);
+    /// The last of the tokens from `first` on that this shard has as a home; `None` if it has not
+    /// even the first.
+    pub(super) fn held_from(&self, namespace: NamespaceId, first: Token) -> Option<Token> {
+        let Some(replication) = &self.replication else {
+            return Some(self.map.last_token_of_shard(first));
+        };
+        // Of an unknown namespace there is nothing to show: that is said here.
+        let Ok(namespace) = self.namespace(namespace) else { return Some(first) };
+        let bits = self.map.partition_bits();
+        let (topology, n) = (replication.topology(), namespace.n);
+        let held = (first.partition(bits).0..1 << bits).map(PartitionId).take_while(|partition| {
+            self.map.shard_of_partition(partition.0) == self.map.own()
+                && topology.is_home(*partition, n)
+        });
+        held.last().map(|last| last.range(bits).last)
     }
 
-    fn start_scan(&mut self, origin: Origin, scan: &Scan<'_>) {
+    /// A page of this shard's tokens: from here, or from a home of the first of them. `hops`: how
+    /// often it was handed on.
+    pub(super) fn start_scan(
+        &mut self,
+        origin: Origin,
+        deadline: Instant,
+        hops: u8,
+        scan: &Scan<'_>,
+    ) {
+        let held = match self.held_from(scan.namespace, scan.range.first) {
+            Some(last) => last,
+            None => return self.scan_elsewhere(origin, deadline, hops, scan),
+        };
         let limits = &self.facts.welcome.limits;
         let mut page = Page::new(scan, limits.message_size_max / 64, limits.message_size_max);
-        let last = self.map.last_token_of_shard(scan.range.first);
-        let range = TokenRange { first: scan.range.first, last: scan.range.last.min(last) };
+        let range = TokenRange { first: scan.range.first, last: scan.range.last.min(held) };
         let beyond = (range.last < scan.range.last).then_some(Token(range.last.0.wrapping_add(1)));
         let (shard, wall) = (self.shard.clone(), self.wall);
         let (namespace, after) = (scan.namespace, scan.after.to_vec());

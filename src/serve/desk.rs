@@ -18,11 +18,11 @@ use super::map::ClientFacts;
 use super::node::{Ask, Node, NodeFacts, State};
 use crate::admin::Source as _;
 use crate::commands::{
-    Command, Placement, Replica, RingReply, SnapshotReply, SnapshotRow, StatusReply,
+    Command, Copies, Placement, Replica, RingReply, SnapshotReply, SnapshotRow, StatusReply,
     apply_to_namespaces,
 };
 use crate::metrics::NodeSnapshot;
-use crate::namespaces::Catalogue;
+use crate::namespaces::{Catalogue, DEFAULT_NAME};
 use crate::pump::{AdminDesk, AdminJob, ShardMap};
 
 /// Directory of the snapshots inside the data directory.
@@ -59,6 +59,10 @@ impl AdminDesk for Desk {
 
     fn note_client(&self, node: NodeId, address: &str, shard_count: u32) {
         self.node.note_client(node, ClientFacts { address: address.to_owned(), shard_count });
+    }
+
+    fn catalogue(&self) -> Vec<u8> {
+        self.node.catalogue().encode()
     }
 
     fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob {
@@ -105,10 +109,18 @@ impl Desk {
                 Ok(json!(status).to_string().into())
             }
             Command::Ring(query) => {
+                // A member of a cluster answers from its topology: see the pump.
+                let name = query.ns.as_deref().unwrap_or(DEFAULT_NAME);
+                if self.node.catalogue().by_name(name).is_none() {
+                    let name = name.escape_debug();
+                    return Err(failed(format!("there is no namespace `{name}`")));
+                }
                 let map = ShardMap::new(0, facts.shard_count, facts.partition_bits);
                 let copies = |partition: PartitionId| {
                     let shard = map.shard_of_partition(partition.0);
-                    vec![Replica { node: facts.node.0, shard }]
+                    let address = Some(self.node.client_address());
+                    let own = Replica { node: facts.node.0, shard: Some(shard), address };
+                    Copies { replicas: vec![own], fallbacks: Vec::new() }
                 };
                 let ring = RingReply::answer(query, facts.partition_bits, facts.hash_seed, copies);
                 let ring = ring.map_err(|what| (Status::BAD_REQUEST, what))?;

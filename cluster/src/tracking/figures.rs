@@ -104,6 +104,18 @@ impl Tracking {
         waiting
     }
 
+    /// Writes that this node keeps as a guest and some holder has not said to have.
+    #[must_use]
+    pub fn hints_owed(&self, replica: &impl Replica) -> u64 {
+        let hosted = self.partitions().filter(|partition| !self.is_holder(*partition));
+        let owed = hosted.map(|partition| {
+            let seen = replica.seen(partition);
+            let lacked = self.announced(partition).map(|(_, _, theirs)| theirs.lacked(&seen));
+            lacked.max().unwrap_or(0)
+        });
+        owed.fold(0, u64::saturating_add)
+    }
+
     /// The promise of each other member's shard, as last heard.
     pub fn promises(&self) -> impl Iterator<Item = (NodeId, Timestamp)> {
         self.peers.iter().map(|(peer, known)| (peer.node, known.promise))

@@ -30,6 +30,7 @@ use annulus_net::wire::status::Status;
 
 use super::exchange::View;
 use super::forward::micros_until;
+use super::trace::Trace;
 use super::{EPOCH, Letter};
 use crate::namespaces::{Availability, Mode, Namespace};
 use crate::pump::execute::{Target, failure_of, sign, with_values};
@@ -46,6 +47,8 @@ pub(super) struct Operation {
     token: Token,
     namespace: NamespaceId,
     what: What,
+    /// What happened so far, if the client wants to know.
+    pub(super) trace: Option<Box<Trace>>,
 }
 
 #[derive(Debug)]
@@ -74,6 +77,7 @@ pub(in crate::pump) struct OwnWrite {
     bytes: usize,
     is_put: bool,
     began: Instant,
+    traced: bool,
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
@@ -185,7 +189,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     Ok((mutation, context)) => {
                         let mutation = Mutation { context: context.as_ref(), ..mutation };
                         let plan = (requirement, homes, &fallbacks[..]);
-                        self.write_replicas(target, deadline, &mutation, plan);
+                        let flags = put.options.flags;
+                        self.write_replicas(target, deadline, &mutation, plan, flags);
                     }
                     Err(failure) => refuse(self, target, failure),
                 }
@@ -200,7 +205,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     Ok((mutation, context)) => {
                         let mutation = Mutation { context: context.as_ref(), ..mutation };
                         let plan = (requirement, homes, &fallbacks[..]);
-                        self.write_replicas(target, deadline, &mutation, plan);
+                        let flags = delete.options.flags;
+                        self.write_replicas(target, deadline, &mutation, plan, flags);
                     }
                     Err(failure) => refuse(self, target, failure),
                 }
@@ -223,6 +229,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         deadline: Instant,
         mutation: &Mutation<'_>,
         (requirement, homes, fallbacks): (Requirement, &[NodeId], &[NodeId]),
+        flags: OperationFlags,
     ) {
         let Some(replication) = &mut self.replication else { return };
         let plan = match replication.coordinator.plan_write(requirement, homes, fallbacks) {
@@ -236,7 +243,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         };
         if Shard::<D, R>::needs_read(mutation) {
-            return self.write_replicas_after_read(target, deadline, mutation, plan);
+            return self.write_replicas_after_read(target, deadline, mutation, plan, flags);
         }
         let applied = match self.shard.apply(mutation, self.wall) {
             Ok(applied) => applied,
@@ -259,7 +266,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             value: mutation.value.unwrap_or_default(),
         };
         let origin = target.defer();
-        let op = self.begin_write(origin, deadline, plan, &record, Vec::new());
+        let trace = Trace::wanted(flags, self.now);
+        let op = self.begin_write(origin, deadline, plan, &record, Vec::new(), trace);
         let bytes = record.key.len() + record.value.len();
         let delay = self.shard.write_delay_nanos(bytes, self.now);
         self.metrics.borrow_mut().counters.write_delay_nanos += delay;
@@ -283,7 +291,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         plan: WriteOp,
         record: &RecordRef<'_>,
         context: Vec<u8>,
+        mut trace: Option<Box<Trace>>,
     ) -> Option<OpId> {
+        if let Some(trace) = &mut trace {
+            trace.stamped(self.now, record);
+        }
         let moment = self.moment();
         let replication = self.replication.as_mut()?;
         let version = Version { timestamp: record.timestamp, dot: record.dot };
@@ -292,6 +304,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             token: record.token,
             namespace: record.namespace,
             what: What::Write { letter: Vec::new(), version, context },
+            trace,
         };
         let bytes = record.key.len() + record.value.len();
         let actions = &mut replication.actions;
@@ -317,6 +330,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         deadline: Instant,
         mutation: &Mutation<'_>,
         plan: WriteOp,
+        flags: OperationFlags,
     ) {
         if self.tasks.len() >= TASKS_MAX {
             let failure = Failure::new(Status::BUSY, "too many writes wait for a read");
@@ -332,6 +346,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             bytes: mutation.key.len() + mutation.value.map_or(0, <[u8]>::len),
             is_put: mutation.value.is_some(),
             began: self.now,
+            traced: flags.has(OperationFlags::TRACE),
         };
         let shard = self.shard.clone();
         let (key, value) = (mutation.key.to_vec(), mutation.value.map(<[u8]>::to_vec));
@@ -391,7 +406,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     context = sign(state.context(), self.secret, own.namespace, own.token);
                 }
                 let record = record.as_ref();
-                let op = self.begin_write(origin, own.deadline, own.plan, &record, context);
+                let trace = own.traced.then(|| Trace::begun(own.began));
+                let op = self.begin_write(origin, own.deadline, own.plan, &record, context, trace);
                 if let Some(op) = op {
                     self.set_version(op, &applied);
                     self.own_ack(op);
@@ -428,6 +444,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (moment, is_durable) = (self.moment(), self.shard.durability_window_ms() == 0);
         let Some(replication) = &mut self.replication else { return };
         let own = replication.topology.own();
+        replication.note(op, |trace| trace.acked(moment.now, own, is_durable));
         let actions = &mut replication.actions;
         replication.coordinator.acked(moment, op, own, is_durable, actions);
     }
@@ -439,7 +456,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         let moment = self.moment();
         let Some(replication) = &mut self.replication else { return };
-        let (own, actions) = (replication.topology.own(), &mut replication.actions);
+        let own = replication.topology.own();
+        replication.note(op, |trace| trace.failed(moment.now, own, "refused"));
+        let actions = &mut replication.actions;
         replication.coordinator.failed(moment, op, own, Lack::Refused, actions);
     }
 
@@ -447,6 +466,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn write_done(&mut self, from: NodeId, id: u64, result: WriteResult) {
         let (moment, op) = (self.moment(), OpId(id));
         let Some(replication) = &mut self.replication else { return };
+        replication.note(op, |trace| match result {
+            WriteResult::Durable => trace.acked(moment.now, from, true),
+            WriteResult::Accepted(_) => trace.acked(moment.now, from, false),
+            WriteResult::Refused(..) => trace.failed(moment.now, from, "refused"),
+        });
         let actions = &mut replication.actions;
         let coordinator = &mut replication.coordinator;
         match result {
@@ -486,6 +510,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             token: get.token,
             namespace: get.namespace,
             what: What::Read { key: get.key.to_vec(), flags: get.flags },
+            trace: Trace::wanted(get.flags, self.now),
         };
         let actions = &mut replication.actions;
         let begun =
@@ -499,6 +524,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn read_done(&mut self, from: NodeId, id: u64, result: &ReadResult<'_>) {
         let (moment, op) = (self.moment(), OpId(id));
         let Some(replication) = &mut self.replication else { return };
+        replication.note(op, |trace| match result {
+            ReadResult::Full { as_of, record, .. } => {
+                trace.replied(moment.now, from, "state", *as_of, Some(record.is_some()));
+            }
+            ReadResult::Digest { as_of, digest, .. } => {
+                trace.replied(moment.now, from, "digest", *as_of, Some(*digest != 0));
+            }
+            ReadResult::Refused(_) => trace.failed(moment.now, from, "refused"),
+            ReadResult::Unknown => trace.failed(moment.now, from, "damaged"),
+        });
         let coordinator = &mut replication.coordinator;
         let Some(Operation { token, namespace, what: What::Read { key, .. }, .. }) =
             coordinator.payload(op)
@@ -544,12 +579,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (moment, shard) = (self.moment(), self.shard.clone());
         let Some(replication) = &mut self.replication else { return };
         let own = replication.topology.own();
+        let mut found_here = None;
         let super::Replication { coordinator, actions, .. } = &mut **replication;
         let probe = shard.probe(token, namespace, key, |found| {
             let found = found.map(|record| super::replica::shown(&shard, &record));
             let record = found.as_ref().map(|record| record.as_ref());
+            found_here = Some(record.is_some());
             coordinator.full(moment, op, own, as_of, is_primary, record.as_ref(), actions);
         });
+        if found_here.is_some() {
+            replication
+                .note(op, |trace| trace.replied(moment.now, own, "state", as_of, found_here));
+        }
         if let Probe::Pending(read) = probe {
             self.spawn(async move {
                 let found = read.finish(&shard).await;
@@ -568,6 +609,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (moment, shard) = (self.moment(), self.shard.clone());
         let Some(replication) = &mut self.replication else { return };
         let own = replication.topology.own();
+        replication.note(op, |trace| match &found {
+            Ok(found) => {
+                let found = found.record().is_some();
+                trace.replied(moment.now, own, "state", as_of, Some(found));
+            }
+            Err(_) => trace.failed(moment.now, own, "unreadable"),
+        });
         let super::Replication { coordinator, actions, .. } = &mut **replication;
         match found {
             Ok(found) => {
@@ -621,6 +669,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn send_write(&mut self, to: NodeId, op: OpId) {
         let moment = self.moment();
         let Some(replication) = &mut self.replication else { return };
+        replication.note(op, |trace| trace.asked(moment.now, to, "write"));
         let bits = replication.topology.partition_bits();
         let Some(Operation { token, what: What::Write { letter, .. }, .. }) =
             replication.coordinator.payload(op)
@@ -640,6 +689,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn send_read(&mut self, to: NodeId, op: OpId, want: Want) {
         let moment = self.moment();
         let Some(replication) = &mut self.replication else { return };
+        let asked = if want == Want::Full { "state" } else { "digest" };
+        replication.note(op, |trace| trace.asked(moment.now, to, asked));
         let deadline = replication.coordinator.deadline(op).unwrap_or(moment.now);
         let Some(Operation { token, namespace, what: What::Read { key, .. }, .. }) =
             replication.coordinator.payload(op)
@@ -676,7 +727,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn send_repair(&mut self, to: NodeId, op: OpId) {
         self.metrics.borrow_mut().counters.read_repairs += 1;
         let Some(replication) = &mut self.replication else { return };
-        let own = replication.topology.own();
+        let (now, own) = (self.now, replication.topology.own());
+        replication.note(op, |trace| trace.asked(now, to, "repair"));
         let Some(record) = replication.coordinator.merged(op).cloned() else { return };
         let record = record.as_ref();
         if to == own {
@@ -693,7 +745,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn answer_operation(&mut self, op: OpId, outcome: Ended, wires: &mut dyn Wires) {
         let Some(replication) = &mut self.replication else { return };
         let Some(Finished { payload, state }) = replication.coordinator.finish(op) else { return };
-        let Operation { origin, token, namespace, what } = payload;
+        let Operation { origin, token, namespace, what, trace } = payload;
+        let trace = trace.map_or_else(String::new, |trace| trace.end(self.now));
         match (outcome, what) {
             (Ended::Written(acks), What::Write { version, context, .. }) => {
                 let window_ms = self.shard.durability_window_ms();
@@ -705,7 +758,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     durable,
                     window_ms,
                     context: &context,
-                    trace: &[],
+                    trace: trace.as_bytes(),
                 };
                 self.answer(origin, &Answer::Written(facts), wires);
             }
@@ -732,7 +785,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                         answers: facts.answers,
                         primaries: facts.primaries,
                         context,
-                        trace: &[],
+                        trace: trace.as_bytes(),
                     };
                     self.answer(origin, &Answer::Read(facts, values), wires);
                 });

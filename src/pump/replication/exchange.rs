@@ -17,6 +17,7 @@ use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
 
 use super::Replication;
+use crate::metrics::Standing;
 use crate::pump::{Done, Lane, Pump};
 
 /// How often the conversation is looked at, in nanoseconds.
@@ -69,6 +70,10 @@ impl<D: Disk, R: Runtime> Replica for View<'_, D, R> {
     }
 }
 
+/// How often everybody is told the settings again, in nanoseconds: the one message that is not
+/// repeated by itself might have been lost.
+const SETTINGS_NANOS: u64 = 10_000_000_000;
+
 impl<D: Disk, R: Runtime> Pump<D, R> {
     /// Does what is due. What it says to others leaves with the letters.
     pub(in crate::pump) fn exchange_turn(&mut self) {
@@ -116,6 +121,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             self.begin_sync(wanted.partition, wanted.helper);
         }
         self.expire_syncs();
+        if self.map.own() == 0 && self.is_time_for_settings() {
+            self.tell_all_settings();
+        }
+    }
+
+    fn is_time_for_settings(&mut self) -> bool {
+        let Some(replication) = &mut self.replication else { return false };
+        let is_due = self.now >= replication.next_settings;
+        if is_due {
+            replication.next_settings = self.now.after_nanos(SETTINGS_NANOS);
+        }
+        is_due
     }
 
     /// A message of the background conversation.
@@ -194,6 +211,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 Err(error) => tracing::error!(?error, "no placement for these namespaces"),
             }
         }
+        self.tell_all_settings();
+    }
+
+    fn tell_all_settings(&mut self) {
+        let Some(replication) = &self.replication else { return };
         let own = self.map.own();
         let peers: Vec<PeerShard> = replication
             .peers
@@ -224,6 +246,28 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let topology = &replication.topology;
         let is_home = |n: u8| topology.replicas(partition, n).contains(&node);
         self.catalogue.iter().filter(|it| is_home(it.n)).map(|it| it.id).collect()
+    }
+
+    /// What this shard owes others, and how far it may lag behind them. Looks at all partitions.
+    pub(in crate::pump) fn standing_of_shard(&self) -> Standing {
+        let Some(replication) = &self.replication else {
+            return Standing { hints_owed: Some(0), as_of_lag_ms: Some(0) };
+        };
+        let view = View { shard: &self.shard, wall: self.wall };
+        let topology = &replication.topology;
+        let own = topology.own();
+        let lag = (self.map.first_partition().0..1 << self.map.partition_bits())
+            .take_while(|partition| self.map.shard_of_partition(*partition) == self.map.own())
+            .map(PartitionId)
+            .filter(|partition| topology.holders(*partition).contains(&own))
+            .map(|partition| match replication.tracking.as_of(partition, &view) {
+                // Some home has said nothing yet.
+                Timestamp::ZERO => None,
+                as_of => Some(self.wall.0.saturating_sub(as_of.wall().0) / 1000),
+            })
+            .try_fold(0, |most: u64, lag| Some(most.max(lag?)));
+        let hints_owed = Some(replication.tracking.hints_owed(&view));
+        Standing { hints_owed, as_of_lag_ms: lag }
     }
 
     /// What this replica's answer about a key of the partition is worth.

@@ -12,6 +12,7 @@ use annulus_engine::model::{Instant, PartitionId};
 use annulus_engine::runtime::Runtime;
 use annulus_net::wire::frame::Opcode;
 use annulus_net::wire::response::Failure;
+use annulus_net::wire::scan::Scan;
 use annulus_net::wire::status::Status;
 
 use crate::pump::{Answer, Lane, Origin, Pump, Wires};
@@ -62,6 +63,33 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         };
         replication.post(target, Lane::Foreground, &message);
         Ok(())
+    }
+
+    /// Hands a scan on to a home of its first partition, whoever answers soonest.
+    pub(in crate::pump) fn scan_elsewhere(
+        &mut self,
+        origin: Origin,
+        deadline: Instant,
+        hops: u8,
+        scan: &Scan<'_>,
+    ) {
+        let partition = scan.range.first.partition(self.map.partition_bits());
+        let n = self.catalogue.get(scan.namespace).map_or(1, |namespace| namespace.n);
+        let Some(replication) = &mut self.replication else { return };
+        let topology = std::rc::Rc::clone(&replication.topology);
+        let mut order = topology.replicas(partition, n).to_vec();
+        let health = replication.coordinator.health();
+        health.order(self.now, &mut order);
+        let Some(home) = order.iter().copied().find(|home| health.is_healthy(*home)) else {
+            let what = "no home of that part of the ring can be reached";
+            return self.refuse_later(origin, Status::UNAVAILABLE, what);
+        };
+        let mut body = Vec::with_capacity(scan.size());
+        scan.encode(&mut body);
+        let how = (Opcode::Scan, hops);
+        if let Err(origin) = self.forward(home, partition, how, &body, deadline, origin) {
+            self.refuse_later(origin, Status::BUSY, "the home of that part of the ring is busy");
+        }
     }
 
     /// Another node has carried out a request.

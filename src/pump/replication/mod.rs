@@ -10,11 +10,13 @@
 //! Invariant: nothing is sent from where a message is made; letters are gathered and leave at the
 //! end of the turn, so that no handler needs the links. A pump without peers has no such state.
 
+mod admin;
 mod coordinate;
 mod exchange;
 mod forward;
 mod replica;
 mod sync;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -29,6 +31,7 @@ use annulus_engine::runtime::Runtime;
 use annulus_net::wire::status::Status;
 
 use super::{Lane, Links, Origin, Pump, ShardMap, Wires};
+pub(super) use admin::Change;
 use coordinate::Operation;
 pub(super) use coordinate::OwnWrite;
 use forward::Forwarded;
@@ -72,6 +75,8 @@ pub(super) struct Replication {
     factors: BTreeSet<u8>,
     coordinator: Coordinator<Operation>,
     tracking: Tracking,
+    /// This node's start, and how often this shard was opened anew since.
+    life: (u64, u64),
     /// Nodes to which a link stands.
     peers: BTreeMap<NodeId, Peer>,
     /// Requests that were handed on to another node.
@@ -86,6 +91,8 @@ pub(super) struct Replication {
     next_sweep: Instant,
     next_id: u64,
     next_exchange: Instant,
+    /// When everybody is told the settings again.
+    next_settings: Instant,
     next_look: Instant,
 }
 
@@ -100,7 +107,13 @@ impl Replication {
         }
         Replication {
             coordinator,
-            tracking: Tracking::new(own, options.life, tracking::Options::default(), shared),
+            tracking: Tracking::new(
+                own,
+                life_of_tracking(options.life, 0),
+                tracking::Options::default(),
+                shared,
+            ),
+            life: (options.life, 0),
             topology: options.topology,
             factors: BTreeSet::new(),
             peers: BTreeMap::new(),
@@ -112,6 +125,7 @@ impl Replication {
             next_sweep: now,
             next_id: first_id,
             next_exchange: now,
+            next_settings: now,
             next_look: now,
         }
     }
@@ -136,6 +150,15 @@ impl Replication {
         let shard = ShardMap::new(0, peer.shard_count, bits).shard_of_partition(partition.0);
         Some(PeerShard { node, shard })
     }
+}
+
+/// How often a shard may be opened anew in one start of its node and still count its lives.
+const LIVES_OF_A_START: u64 = 64;
+
+/// A start has several lives of a shard: each follows those before, and comes before the next
+/// start's.
+fn life_of_tracking(start: u64, revivals: u64) -> u64 {
+    start * LIVES_OF_A_START + revivals.min(LIVES_OF_A_START - 1)
 }
 
 /// Every node has the same topology until members can change.
@@ -163,6 +186,25 @@ impl Replication {
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
+    /// The shard was opened anew, which to the other replicas is a restart: what was not on disk
+    /// is gone, purge floors are not known to it, gaps may have opened. So tracking begins a new
+    /// life, and others tell it everything again.
+    pub(super) fn replicate_anew(&mut self) {
+        let (own_shard, shard_count) = (self.map.own(), self.map.count());
+        let Some(replication) = &mut self.replication else { return };
+        let shared = Shared::new(&replication.topology, own_shard, shard_count);
+        // What is on its way for them merges into the shard of before, which takes nothing.
+        replication.sessions.clear();
+        replication.life.1 += 1;
+        let (start, revivals) = replication.life;
+        if revivals >= LIVES_OF_A_START {
+            // Out of numbers: floors are told anew, and what was known stays.
+            return replication.tracking.set_shared(shared);
+        }
+        let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
+        replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
+    }
+
     /// The end of a turn: what was decided is carried out, and all letters leave.
     pub(super) fn replicate(&mut self, wires: &mut dyn Wires, links: &mut dyn Links) -> bool {
         let mut worked = self.act(wires);

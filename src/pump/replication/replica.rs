@@ -298,7 +298,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let context = self.facts.decode_context();
         let refusal = match Opcode::from_u8(opcode) {
             Some(Opcode::Scan) => match Scan::decode(body) {
-                Ok(scan) => return self.begin_scan(origin, &scan, wires),
+                Ok(scan) if self.map.shard_of(scan.range.first) != self.map.own() => {
+                    let failure = Failure::new(Status::UNAVAILABLE, "that is on another shard");
+                    return self.answer(origin, &Answer::Failure(failure), wires);
+                }
+                Ok(scan) => return self.start_scan(origin, deadline, hops, &scan),
                 Err(refusal) => refusal,
             },
             Some(Opcode::Get | Opcode::Put | Opcode::Delete) => {
@@ -309,6 +313,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     Err(refusal) => refusal,
                 }
             }
+            Some(Opcode::Admin) => return self.admin_of_member(origin, from, body, wires),
             _ => return self.answer_unsupported(origin, wires),
         };
         self.answer(origin, &Answer::Failure(refusal.into()), wires);

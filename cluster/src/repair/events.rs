@@ -96,8 +96,8 @@ pub enum Output {
         /// Whose records.
         tokens: Vec<Token>,
     },
-    /// Scan a range in the background: [`Repairer::read_record`] for each record that stands for
-    /// its key, then [`Repairer::read_done`], or [`Repairer::read_failed`].
+    /// Scan a range in the background: `Repairer::read_record` for each record that stands for its
+    /// key, then `Repairer::read_done`, or `Repairer::read_failed`.
     Read {
         /// Number of the scan.
         id: ReadId,

@@ -165,15 +165,17 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
 
     async fn compaction_loop(&self) {
         let state = &*self.state;
-        // The log's last record as last seen, and since when it has been the last.
-        let mut written = state.log.appended();
+        // Writes so far as last counted, and since when there was none. Not all records of the
+        // log: a member of a cluster moves its ceiling on for ever.
+        let mut written = state.unsettled.borrow().count();
         let mut quiet_since = state.runtime.now();
         let mut failed: Option<Error> = None;
         while !state.stop.get() {
             let ticket = state.work.ticket();
             let now = state.runtime.now();
-            if state.log.appended() != written {
-                (written, quiet_since) = (state.log.appended(), now);
+            let count = state.unsettled.borrow().count();
+            if count != written {
+                (written, quiet_since) = (count, now);
             }
             let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
             // With new data refused, what deletes and overwrites leave behind is all the room

@@ -163,6 +163,8 @@ pub(crate) struct Unsettled {
     waiting: VecDeque<(Lsn, Token)>,
     /// Those that this shard has stamped: in the order of their stamps.
     own: VecDeque<(Lsn, Timestamp)>,
+    /// All that were ever pushed.
+    count: u64,
     /// Write counters by remixed token: equal counters mean that the token was not written.
     counters: Box<[u32; 1 << COUNTER_BITS]>,
 }
@@ -174,6 +176,7 @@ impl Unsettled {
         Unsettled {
             waiting: VecDeque::new(),
             own: VecDeque::new(),
+            count: 0,
             counters: Box::new([0; 1 << COUNTER_BITS]),
         }
     }
@@ -183,6 +186,7 @@ impl Unsettled {
     #[inline]
     pub(crate) fn push(&mut self, lsn: Lsn, record: &RecordRef<'_>, is_own: bool, visible: Lsn) {
         let token = record.token;
+        self.count += 1;
         let counter = &mut self.counters[token.slot(COUNTER_BITS)];
         *counter = counter.wrapping_add(1);
         self.settle(visible);
@@ -202,6 +206,11 @@ impl Unsettled {
         while self.own.front().is_some_and(|(oldest, _)| *oldest <= visible) {
             self.own.pop_front();
         }
+    }
+
+    /// Writes so far, of this life.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
     }
 
     /// The stamp of the oldest write of this shard's own that is not visible yet.

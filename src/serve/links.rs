@@ -4,6 +4,7 @@
 //! ```text
 //! asleep --first message, or its time--> dialling --connected--> greeting --welcome--> up
 //!    ^-------- after 50 ms to 2 s, by chance ----- whatever goes wrong ------------------'
+//!              or as soon as its node dials us
 //! ```
 //!
 //! Invariants: a link holds a bounded number of bytes, and a sender is told at once when its
@@ -96,6 +97,8 @@ struct Peer {
     address: SocketAddr,
     /// Known from its first welcome.
     shard_count: Option<u32>,
+    /// The greatest life with which it has dialled.
+    life: u64,
     /// Foreground links that stand.
     up: usize,
     /// The last reason told in the log, so that a node that stays away is told of once.
@@ -136,6 +139,7 @@ impl LinkSet {
             node: peer.node,
             address: peer.address,
             shard_count: None,
+            life: 0,
             up: 0,
             told: None,
         };
@@ -195,6 +199,26 @@ impl LinkSet {
         let Some(&mut index) = self.slots.get_mut(id) else { return };
         self.links[index].state = State::Greeting(id);
         self.set_dirty(index);
+    }
+
+    /// A node has dialled: it is there, and waits for answers, which leave by the links to it. So
+    /// those that sleep are dialled at once. Early once a life, until they have stood for a while:
+    /// two nodes whose links always break would wake each other for ever.
+    pub(crate) fn arrived(&mut self, node: NodeId, life: u64) {
+        let Some(peer) = self.peer(node) else { return };
+        let is_news = life > self.peers[peer].life;
+        self.peers[peer].life = life.max(self.peers[peer].life);
+        for index in 0..self.links.len() {
+            let link = &mut self.links[index];
+            if link.peer != peer {
+                continue;
+            }
+            link.hastened &= !is_news;
+            if matches!(link.state, State::Asleep(_)) && !link.hastened {
+                link.hastened = true;
+                self.begin(index);
+            }
+        }
     }
 
     /// Bytes arrived on a link: the welcome, or a goodbye.
@@ -357,7 +381,9 @@ impl LinkSet {
         };
         link.drop_output();
         // A link that breaks as soon as it stands is not to be dialled all the time.
-        link.failures = if held_ms >= self.options.back_off_ms_max { 0 } else { link.failures };
+        if held_ms >= self.options.back_off_ms_max {
+            (link.failures, link.hastened) = (0, false);
+        }
         let most = self.options.back_off_ms_min << link.failures.min(16);
         link.failures += 1;
         let wait_ms = self.chance.below(most.min(self.options.back_off_ms_max) * 1000);

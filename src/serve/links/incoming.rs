@@ -60,6 +60,8 @@ pub(crate) struct IncomingSet {
     lines: u32,
     lines_since: Instant,
     stats: IncomingStats,
+    /// Nodes that have just passed the handshake, each with its life.
+    arrived: Vec<(NodeId, u64)>,
 }
 
 impl IncomingSet {
@@ -78,7 +80,13 @@ impl IncomingSet {
             lines: 0,
             lines_since: Instant(0),
             stats: IncomingStats::default(),
+            arrived: Vec::new(),
         }
+    }
+
+    /// Who has passed the handshake since the last call, with its life.
+    pub(crate) fn take_arrived(&mut self) -> Vec<(NodeId, u64)> {
+        std::mem::take(&mut self.arrived)
     }
 
     /// Whether the connection is one of these.
@@ -210,6 +218,7 @@ impl IncomingSet {
     /// node has started again.
     fn take_place(&mut self, id: ConnId, peer: &PeerHello, connections: &mut Connections) {
         self.facts.note_life(peer.node, peer.life);
+        self.arrived.push((NodeId::from(peer.node), peer.life));
         let before = self.senders.insert((peer.node, peer.shard, peer.lane), id);
         let Some(old) = before.filter(|old| *old != id) else { return };
         if let Some(mut listener) = self.slots.take(old) {

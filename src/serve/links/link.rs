@@ -84,6 +84,8 @@ pub(super) struct Link {
     pub(super) out: Vec<u8>,
     /// Failures in a row.
     pub(super) failures: u32,
+    /// Was dialled early because its node had just dialled; not again until it has stood a while.
+    pub(super) hastened: bool,
     /// Is in the list of those with something to do.
     pub(super) dirty: bool,
 }
@@ -98,6 +100,7 @@ impl Link {
             dialer: None,
             out: Vec::new(),
             failures: 0,
+            hastened: false,
             dirty: false,
         }
     }

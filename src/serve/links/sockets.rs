@@ -39,6 +39,9 @@ impl PeerSockets {
                 incoming.received(id, bytes, connections, &mut |from, shard, message| {
                     receive(links, from, shard, message);
                 });
+                for (node, life) in incoming.take_arrived() {
+                    links.arrived(node, life);
+                }
             }
             Event::Closed(id, by) if links.owns(id) => links.closed(id, by),
             Event::Closed(id, _) if incoming.owns(id) || incoming.is_moving(id) => {

@@ -94,6 +94,17 @@ impl Side {
         peers: Vec<PeerAddress>,
         mesh: Arc<Mesh<Detached>>,
     ) -> Side {
+        let options = LinkOptions { back_off_ms_max: 100, ..LinkOptions::default() };
+        Side::start_with(facts, listener, peers, mesh, options)
+    }
+
+    fn start_with(
+        facts: PeerFacts,
+        listener: Option<TcpListener>,
+        peers: Vec<PeerAddress>,
+        mesh: Arc<Mesh<Detached>>,
+        options: LinkOptions,
+    ) -> Side {
         let (orders, inbox) = channel();
         let (tell, told) = channel();
         let (tell_waker, waker) = channel();
@@ -102,7 +113,6 @@ impl Side {
             if let Some(listener) = listener {
                 sockets.accept_from(listener, annulus_net::driver::Door::Peers);
             }
-            let options = LinkOptions { back_off_ms_max: 100, ..LinkOptions::default() };
             let seed = facts.life << 8 | u64::from(facts.node.0);
             let links = LinkSet::new(facts.clone(), &peers, options, seed);
             let incoming = IncomingSet::new(facts.clone(), !seed);
@@ -369,6 +379,31 @@ fn a_side_that_was_killed_and_started_again_is_linked_again() {
     assert!(links.broken >= 8 && links.opened >= 8, "{links:?}");
     one.die();
     two.die();
+}
+
+/// What a node that has just come back asks for is answered by links to it: one that slept on
+/// while the other direction stood would lose every answer.
+#[test]
+fn a_node_that_dials_is_dialled_at_once_however_long_its_links_were_to_sleep() {
+    let (one_listener, one_address) = listener();
+    let (two_listener, two_address) = listener();
+    drop(two_listener);
+    let an_hour = 3_600_000;
+    let options =
+        LinkOptions { back_off_ms_min: an_hour, back_off_ms_max: an_hour, ..Default::default() };
+    let to_two = vec![address_of(2, two_address)];
+    let mesh = Mesh::new(4, 16);
+    let one = Side::start_with(facts(1, 0, 1, 1), Some(one_listener), to_two, mesh, options);
+    one.wait_for(|links, _| links.broken >= 1);
+    for life in 1..4 {
+        let listener = listen_for_peers(two_address).unwrap();
+        let to_one = vec![address_of(1, one_address)];
+        let two = Side::start(facts(2, 0, 1, life), Some(listener), to_one);
+        one.expect_change(LinkChange::Up(NodeId(2), 1));
+        two.die();
+        one.expect_change(LinkChange::Down(NodeId(2)));
+    }
+    one.die();
 }
 
 #[test]

@@ -2,15 +2,17 @@
 //!
 //! Invariant: every line is counted once, as written or as failed, and named on stderr with its
 //! number when it failed (the first [`COMPLAINTS_MAX`] are). A bad line stops nothing unless
-//! `--strict`; a server that is gone stops everything. A server that is busy is waited for: what
-//! it has refused for that is written again, with pauses, for at most [`PATIENCE`] a line.
+//! `--strict`; a server that is gone stops everything. To a server that is busy less is sent at a
+//! time; what it has refused for that is written again, with pauses, for at most [`PATIENCE`] a
+//! line.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::time::{Duration, Instant};
 
 use annulus_engine::model::limits::{KEY_SIZE_MAX, VALUE_SIZE_CEILING};
-use annulus_net::client::{BlockingNamespace, Error, Pipeline, WriteOptions, Written};
+use annulus_net::client::{Error, Pipeline, WriteOptions, Written};
 use annulus_net::wire::Status;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -22,8 +24,10 @@ use super::output::{Output, complain, finish};
 use super::remote::{TIMEOUT_LONG, connect_to_namespace, exit_of};
 use super::{Exit, Failure, Outcome};
 
-/// Writes under way at a time.
-const DEPTH: usize = 256;
+/// Most writes under way at a time.
+const DEPTH_MAX: usize = 256;
+/// So many are under way to the busiest server.
+const DEPTH_MIN: usize = 8;
 /// Longest line: a value of the greatest size, as base64 or escaped, with its key.
 const LINE_SIZE_MAX: u64 = 6 * (VALUE_SIZE_CEILING + KEY_SIZE_MAX) as u64;
 /// How long a busy server is waited for with one line.
@@ -51,8 +55,11 @@ pub(super) fn run(arguments: ImportArguments) -> Outcome {
     let namespace = connect_to_namespace(&arguments.server, &arguments.namespace, TIMEOUT_LONG)?;
     let mut import = Import {
         tally: Tally::default(),
-        pipeline: namespace.pipeline(DEPTH),
-        namespace,
+        pipeline: namespace.pipeline(DEPTH_MAX),
+        under_way: 0,
+        depth: DEPTH_MAX,
+        answered: 0,
+        again: VecDeque::new(),
         pace: arguments.rate.map(Pace::new),
         bar: progress(size),
         strict: arguments.strict,
@@ -61,8 +68,9 @@ pub(super) fn run(arguments: ImportArguments) -> Outcome {
     #[expect(clippy::disallowed_methods, reason = "the summary says how long it took")]
     let begin = Instant::now();
     let ended = import.read(BufReader::with_capacity(1 << 20, input));
-    while let Some((sent, result)) = import.pipeline.finish_one() {
-        import.finished(sent, result);
+    while import.under_way > 0 || !import.again.is_empty() {
+        import.send_again();
+        import.finish_one();
     }
     import.bar.finish_and_clear();
     let seconds = begin.elapsed().as_secs_f64();
@@ -99,7 +107,14 @@ fn progress(size: Option<u64>) -> ProgressBar {
 struct Import {
     tally: Tally,
     pipeline: Pipeline<Sent>,
-    namespace: BlockingNamespace,
+    /// Writes that the pipeline has.
+    under_way: usize,
+    /// How many it may have: halved when the server is busy, one more for each such number of
+    /// answers.
+    depth: usize,
+    answered: usize,
+    /// Lines that a busy server has refused, the oldest first.
+    again: VecDeque<Sent>,
     pace: Option<Pace>,
     bar: ProgressBar,
     strict: bool,
@@ -143,35 +158,70 @@ impl Import {
         if let Some(pace) = &mut self.pace {
             pace.wait();
         }
-        let options = WriteOptions { ttl: ttl(line.ttl), ..WriteOptions::default() };
-        let sent = Sent { number, line };
+        self.send(Sent { number, line, first_refused: None, due: None });
+        self.send_again();
+        self.bar.set_message(format!("{} keys", self.tally.written));
+    }
+
+    fn send(&mut self, sent: Sent) {
+        while self.under_way >= self.depth {
+            self.finish_one();
+        }
+        let options = WriteOptions { ttl: ttl(sent.line.ttl), ..WriteOptions::default() };
         let key = sent.line.key.clone();
         let finished = match sent.line.value.clone() {
             Some(value) => self.pipeline.put(sent, key, value, options),
             None => self.pipeline.delete(sent, key, options),
         };
+        self.under_way += 1;
         if let Some((sent, result)) = finished {
             self.finished(sent, result);
-            self.bar.set_message(format!("{} keys", self.tally.written));
+        }
+    }
+
+    /// Sends what was refused and has paused; waits for the pauses when nothing else can be done.
+    #[expect(clippy::disallowed_methods, reason = "a tool may sleep; no shard runs here")]
+    fn send_again(&mut self) {
+        while let Some(due) = self.again.front().and_then(|sent| sent.due) {
+            let pause = due.saturating_duration_since(Instant::now());
+            if !pause.is_zero() {
+                if self.under_way > 0 && self.again.len() < self.depth {
+                    return;
+                }
+                std::thread::sleep(pause);
+            }
+            if let Some(sent) = self.again.pop_front() {
+                self.send(sent);
+            }
+        }
+    }
+
+    fn finish_one(&mut self) {
+        if let Some((sent, result)) = self.pipeline.finish_one() {
+            self.finished(sent, result);
         }
     }
 
     /// Counts a line's result; with a busy server only after it has been tried long enough.
-    #[expect(clippy::disallowed_methods, reason = "a tool may sleep; no shard runs here")]
-    fn finished(&mut self, sent: Sent, mut result: Result<Written, Error>) {
-        let mut waited = Duration::ZERO;
-        while let Err(Error::NotStarted { status: Status::BUSY, retry_after, .. }) = &result
-            && waited < PATIENCE
-        {
-            let pause = PAUSE.max(*retry_after);
-            std::thread::sleep(pause);
-            waited += pause;
-            let Line { key, value, ttl: span, .. } = &sent.line;
-            let options = WriteOptions { ttl: ttl(*span), ..WriteOptions::default() };
-            result = match value {
-                Some(value) => self.namespace.put_with(key, value, &options),
-                None => self.namespace.delete_with(key, &options),
-            };
+    #[expect(clippy::disallowed_methods, reason = "a tool's patience follows the real clock")]
+    fn finished(&mut self, mut sent: Sent, result: Result<Written, Error>) {
+        self.under_way -= 1;
+        if let Err(Error::NotStarted { status: Status::BUSY, retry_after, .. }) = &result {
+            let now = Instant::now();
+            let first = *sent.first_refused.get_or_insert(now);
+            if now.duration_since(first) < PATIENCE {
+                // What was sent together is refused together, and halves it once.
+                if self.again.is_empty() {
+                    self.depth = (self.depth / 2).max(DEPTH_MIN);
+                }
+                sent.due = Some(now + PAUSE.max(*retry_after));
+                return self.again.push_back(sent);
+            }
+        }
+        self.answered += 1;
+        if self.answered >= self.depth {
+            self.answered = 0;
+            self.depth = (self.depth + 1).min(DEPTH_MAX);
         }
         self.tally.count(sent.number, result);
     }
@@ -181,6 +231,10 @@ impl Import {
 struct Sent {
     number: u64,
     line: Line,
+    /// When a busy server refused it for the first time.
+    first_refused: Option<Instant>,
+    /// When it may be sent again.
+    due: Option<Instant>,
 }
 
 fn check(line: Line) -> Result<Line, String> {

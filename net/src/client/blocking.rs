@@ -251,8 +251,23 @@ impl<T> Pipeline<T> {
 
     /// Waits for the oldest write under way; `None` when there is none. Call until then.
     pub fn finish_one(&mut self) -> Option<(T, Result<Written>)> {
-        let (tag, writing) = self.under_way.pop_front()?;
-        Some((tag, block_on(writing)))
+        let (tag, mut oldest) = self.under_way.pop_front()?;
+        let others = &mut self.under_way;
+        let mut was_woken = false;
+        let outcome = block_on(std::future::poll_fn(|context| {
+            let polled = oldest.as_mut().poll(context);
+            // Woken and not done: it is being tried again, and so may others be. Without a look
+            // at them their pauses would follow one another.
+            if std::mem::replace(&mut was_woken, true) && polled.is_pending() {
+                for (_, writing) in others.iter_mut() {
+                    if let Poll::Ready(outcome) = writing.as_mut().poll(context) {
+                        *writing = Box::pin(std::future::ready(outcome));
+                    }
+                }
+            }
+            polled
+        }));
+        Some((tag, outcome))
     }
 
     fn start(

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use annulus_engine::model::{Instant, NamespaceId, Record};
@@ -35,6 +35,8 @@ struct Store {
     requests: AtomicU64,
     /// Answer this many keyed requests with BUSY.
     busy: AtomicU64,
+    /// Pause asked for with it, in milliseconds; 0 is 1.
+    busy_pause_ms: AtomicU32,
     /// Close the connection at the next keyed request, without an answer.
     hang_up: AtomicBool,
     /// Say goodbye to all connections at their next request.
@@ -151,7 +153,8 @@ fn handle(
     }
     if keyed && store.busy.load(Ordering::SeqCst) > 0 {
         store.busy.fetch_sub(1, Ordering::SeqCst);
-        replies.failure(ticket, &Failure::new(Status::BUSY, "as told").retry_after(1));
+        let pause = store.busy_pause_ms.load(Ordering::SeqCst).max(1);
+        replies.failure(ticket, &Failure::new(Status::BUSY, "as told").retry_after(pause));
         return true;
     }
     let mut values = store.values.lock().unwrap();
@@ -395,6 +398,28 @@ fn busy_is_tried_again_within_the_budget() {
     assert!(matches!(error, Error::NotStarted { status: Status::BUSY, .. }), "{error}");
     let tried = server.store.requests.load(Ordering::SeqCst) - before;
     assert_eq!(tried, 1 + 7, "one attempt and what the budget had");
+}
+
+#[test]
+fn writes_of_a_pipeline_that_are_refused_as_busy_pause_together() {
+    let server = FakeServer::start();
+    let space = server.namespace();
+    server.store.busy.store(8, Ordering::SeqCst);
+    server.store.busy_pause_ms.store(250, Ordering::SeqCst);
+    let options = WriteOptions { timeout: Some(Duration::from_secs(20)), ..Default::default() };
+    let mut pipeline = space.pipeline(8);
+    #[expect(clippy::disallowed_methods, reason = "how long it takes is the question")]
+    let begin = std::time::Instant::now();
+    for tag in 0..8u32 {
+        let key = tag.to_le_bytes().to_vec();
+        assert!(pipeline.put(tag, key, b"v".to_vec(), options.clone()).is_none());
+    }
+    while let Some((_, result)) = pipeline.finish_one() {
+        result.unwrap();
+    }
+    // One after another they would take two seconds.
+    let took = begin.elapsed();
+    assert!(took < Duration::from_millis(1_500), "{took:?}");
 }
 
 #[test]

@@ -67,6 +67,9 @@ impl Cluster {
     /// `--start`: removes the marker, and waits until the node runs.
     fn start(&self, node: u32) -> Outcome {
         self.check(node)?;
+        // Killed a moment ago: the keeper is about to see it, and to mark it as stopped.
+        let is_seen = || !self.pid(node).is_some_and(has_ended);
+        wait_until("the keeper does not look at the node", is_seen)?;
         match fs::remove_file(self.file(node, "stopped")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(trouble(&self.file(node, "stopped"), &error));
@@ -268,6 +271,12 @@ fn terminate(child: &Child) {
 
 fn is_running(pid: libc::pid_t) -> bool {
     Path::new("/proc").join(pid.to_string()).exists()
+}
+
+/// Whether a process has ended and its parent has not looked yet.
+fn has_ended(pid: libc::pid_t) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
 }
 
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) -> Outcome {

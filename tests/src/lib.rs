@@ -14,6 +14,7 @@ pub mod history;
 pub mod log_story;
 pub mod model;
 pub mod network;
+pub mod nodes;
 pub mod raw;
 pub mod reading;
 pub mod server;

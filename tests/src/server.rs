@@ -132,7 +132,7 @@ pub fn annulus<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Ran {
 }
 
 /// A command that no variable of the caller's environment configures.
-fn plain_command(program: impl AsRef<OsStr>) -> Command {
+pub(crate) fn plain_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("ANNULUS_") {

@@ -188,6 +188,15 @@ impl MerkleTree {
         leaf.is_dirty = true;
     }
 
+    /// Anything may have been written: nothing is known until it has been read again.
+    pub fn touch_all(&mut self) {
+        for leaf in &mut self.leaves {
+            leaf.changes = leaf.changes.wrapping_add(1);
+            leaf.is_dirty = true;
+        }
+        self.dirty_count = 1 << self.leaf_bits;
+    }
+
     /// A record has become visible in the place of `old`; `None` says that the key is known to
     /// have had, or now to have, no record at all.
     pub fn apply(&mut self, old: Option<&RecordRef<'_>>, new: Option<&RecordRef<'_>>) {

@@ -178,6 +178,18 @@ impl Repairer {
         }
     }
 
+    /// Anything may have been written to the partition.
+    pub fn touch_all(&mut self, partition: PartitionId) {
+        if let Some(tree) = self.trees.get_mut(&partition) {
+            tree.touch_all();
+        }
+    }
+
+    /// The partitions of which trees are kept.
+    pub fn partitions(&self) -> impl Iterator<Item = PartitionId> + '_ {
+        self.trees.keys().copied()
+    }
+
     /// As [`Repairer::touch`], where the former record is known; `None`: there was none, or is
     /// none any more.
     pub fn apply(&mut self, old: Option<&RecordRef<'_>>, new: Option<&RecordRef<'_>>) {

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use super::notify::Notify;
 use super::progress::Changed;
 use super::replicas::{Replicas, is_shown};
+use super::touched::Touched;
 use crate::log::{Control, Lsn, ReplayItem};
 use crate::memtable::Memtable;
 use crate::model::{NamespaceId, RecordRef, Timestamp, Token};
@@ -40,6 +41,7 @@ pub(crate) struct Memory {
     /// Greatest stamp in any sealed memtable.
     sealed_max: Timestamp,
     changed_partitions: Changed,
+    touched: Touched,
     /// Told when a memtable was sealed or a sealed one went away.
     pub(crate) changed: Rc<Notify>,
 }
@@ -48,9 +50,11 @@ impl Memory {
     /// Empty, each memtable sealed at `budget_bytes`, with partitions as the manifest knows them.
     pub(crate) fn new(budget_bytes: usize, replicas: Replicas) -> Memory {
         let changed_partitions = Changed::new(replicas.bits());
+        let touched = Touched::new(replicas.bits());
         Memory {
             active: Memtable::new(budget_bytes),
             changed_partitions,
+            touched,
             last: Lsn::default(),
             sealed_last: Lsn::default(),
             replicas,
@@ -72,7 +76,9 @@ impl Memory {
                     return;
                 }
                 self.replicas.mark(record);
-                self.changed_partitions.note(self.replicas.partition(record.token));
+                let partition = self.replicas.partition(record.token);
+                self.changed_partitions.note(partition);
+                self.touched.note(record.token, partition);
                 self.active.insert(record);
                 if self.active.is_full() {
                     self.seal();
@@ -88,6 +94,7 @@ impl Memory {
                 if let Some((partition, incarnation)) = self.replicas.control(control) {
                     let bits = self.replicas.bits();
                     self.active.remove_partition(partition, bits, incarnation);
+                    self.touched.note_whole(partition);
                 }
             }
             ReplayItem::Control(_) => {}
@@ -117,6 +124,11 @@ impl Memory {
     /// Partitions that were told as changed and not yet asked for.
     pub(crate) fn changed_partitions(&mut self) -> &mut Changed {
         &mut self.changed_partitions
+    }
+
+    /// Tokens that were written and not yet asked for.
+    pub(crate) fn touched(&mut self) -> &mut Touched {
+        &mut self.touched
     }
 
     /// The same, to declare something that no record says.

@@ -26,6 +26,7 @@ mod retention;
 mod scan;
 mod snapshot;
 mod space;
+mod touched;
 mod unknown;
 mod versions;
 mod write;
@@ -39,6 +40,7 @@ pub use read::{Found, PendingRead, Probe};
 pub use replicate::MergedIn;
 pub use scan::ScanRequest;
 pub use space::SpaceLevel;
+pub use touched::Touch;
 pub use write::{Applied, Condition, Merge, Mutation, Outcome};
 
 pub(crate) use memory::Memory;

@@ -34,7 +34,11 @@ impl Changed {
         }
     }
 
-    fn take(&mut self) -> Vec<PartitionId> {
+    pub(super) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    pub(super) fn take(&mut self) -> Vec<PartitionId> {
         for partition in &self.list {
             self.is_listed[partition.0 as usize] = false;
         }

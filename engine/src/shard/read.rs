@@ -65,6 +65,15 @@ enum Step<F> {
     Read(Rc<LiveTable<F>>, BlockHandle),
 }
 
+/// What becomes of a block that fails its check, and of what was lost with tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Damage {
+    /// It is an error.
+    Met,
+    /// The search goes on as if it were not there.
+    PassedOver,
+}
+
 /// A search that waits for the disk.
 #[derive(Debug)]
 pub struct PendingRead<F> {
@@ -167,6 +176,25 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
+    /// As [`Shard::get`], of what can be read: for who knows from elsewhere what was there.
+    ///
+    /// # Errors
+    /// Whatever the disk says.
+    pub(super) async fn get_readable(
+        &self,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Result<Option<Record>> {
+        match self.probe(token, namespace, key, |found| found.map(|record| record.to_owned())) {
+            Probe::Done(found) => Ok(found),
+            Probe::Pending(pending) => {
+                let found = pending.finish_by(self, Damage::PassedOver).await?;
+                Ok(found.record().map(|record| record.to_owned()))
+            }
+        }
+    }
+
     /// The steps of a read, as JSON: what was asked, in order, and what it said. For people; costs
     /// an allocation a step, and reads nothing.
     #[must_use]
@@ -216,7 +244,19 @@ impl<F: File> PendingRead<F> {
     ///
     /// # Errors
     /// As [`Shard::get`].
-    pub async fn finish<D, R>(mut self: Box<Self>, shard: &Shard<D, R>) -> Result<Found>
+    pub async fn finish<D, R>(self: Box<Self>, shard: &Shard<D, R>) -> Result<Found>
+    where
+        D: Disk<File = F>,
+        R: Runtime,
+    {
+        self.finish_by(shard, Damage::Met).await
+    }
+
+    async fn finish_by<D, R>(
+        mut self: Box<Self>,
+        shard: &Shard<D, R>,
+        damage: Damage,
+    ) -> Result<Found>
     where
         D: Disk<File = F>,
         R: Runtime,
@@ -240,7 +280,10 @@ impl<F: File> PendingRead<F> {
                 },
             );
             let Step::Read(table, handle) = step else {
-                shard.check_lost(&self.set, self.token, search.floor.map(|(stamp, _)| stamp))?;
+                if damage == Damage::Met {
+                    let floor = search.floor.map(|(stamp, _)| stamp);
+                    shard.check_lost(&self.set, self.token, floor)?;
+                }
                 let PendingRead { token, namespace, key, best, .. } = *self;
                 return Ok(Found { token, namespace, key, best });
             };
@@ -257,6 +300,10 @@ impl<F: File> PendingRead<F> {
                     let stats = &mut *state.stats.borrow_mut();
                     stats.corrupt_reads += u64::from(corrupt);
                     stats.failed_reads += u64::from(!corrupt);
+                    if corrupt && damage == Damage::PassedOver {
+                        self.position += 1;
+                        continue;
+                    }
                     return Err(error);
                 }
             };

@@ -8,6 +8,7 @@
 //! Plain records are appended blindly, as own writes are: reads and compaction choose the greatest
 //! version. Key states are read, filled, merged, stripped and appended.
 
+use super::read::Damage;
 use super::replicas::set_of;
 use super::{Merge, Shard};
 use crate::disk::Disk;
@@ -107,6 +108,46 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 lsn = Some(self.adopt_seen(self.partition_of(record.token), &rest)?);
             }
             return Ok(lsn.map_or(MergedIn::Duplicate, MergedIn::Applied));
+        }
+    }
+
+    /// Puts a key state of another replica beside what is here, as both stand: nothing is taken
+    /// for obsolete because the partition has seen it, as the record in which it was replaced may
+    /// be what is missing. What cannot be read here is passed over. Gives `Duplicate` if that
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// As [`Shard::merge_in_state`].
+    pub async fn merge_state_again(&self, record: &RecordRef<'_>) -> Result<MergedIn> {
+        let bad = |error| Error::Invalid { what: format!("a record from elsewhere: {error}") };
+        let theirs = KeyState::of_record(record).map_err(bad)?;
+        let is_put = theirs.siblings().iter().any(|sibling| !sibling.is_delete);
+        self.admit(record.key, record.value.len(), is_put)?;
+        let stamps = theirs.siblings().iter().map(|sibling| sibling.timestamp);
+        let newest = stamps.chain([record.timestamp]).max().unwrap_or_default();
+        self.clock_observe(newest, self.state.runtime.wall())?;
+        loop {
+            let (token, namespace, key) = (record.token, record.namespace, record.key);
+            let current = self.get_settled_by(Damage::PassedOver, token, namespace, key).await?;
+            let Some(current) = current else { continue };
+            // From here on nothing awaits, so nobody comes in between.
+            let damaged = |error| Error::corrupt(&self.state.dir, 0, format!("{error}"));
+            let ours = match &current {
+                Some(current) => KeyState::of_borrowed(current).map_err(damaged)?,
+                None => KeyState::new(),
+            };
+            let merged = ours.merge(&theirs);
+            let is_same = merged.siblings() == ours.siblings();
+            if is_same || (current.is_none() && merged.siblings().is_empty()) {
+                return Ok(MergedIn::Duplicate);
+            }
+            let noted: Vec<Dot> = merged.siblings().iter().map(|sibling| sibling.dot).collect();
+            let incarnation = self.state.incarnation_of(token);
+            let like = RecordRef { incarnation, ..*record };
+            let stored = self.stored(merged, &self.base_of(token), &like, current.as_ref());
+            let lsn = self.append(&stored.as_ref(), false)?;
+            self.note_own(token, noted);
+            return Ok(MergedIn::Applied(lsn));
         }
     }
 

@@ -11,13 +11,14 @@
 use std::rc::Rc;
 
 use super::Shard;
+use super::read::Damage;
 use super::unknown::is_voided;
-use crate::Result;
 use crate::disk::{Disk, File};
 use crate::model::{NamespaceId, Record, RecordRef, Token, TokenRange};
 use crate::runtime::Runtime;
 use crate::sstable::{Block, TableScan};
 use crate::tables::{LiveTable, TableSet};
+use crate::{Error, Result};
 
 /// Bytes of one read of a scan.
 const READ_SIZE: usize = 256 << 10;
@@ -39,6 +40,7 @@ pub struct ScanRequest<'a> {
 struct Cursor<F> {
     set: Rc<TableSet<F>>,
     table: Rc<LiveTable<F>>,
+    damage: Damage,
     ranges: std::vec::IntoIter<TokenRange>,
     /// The live range that `scan` reads.
     range: TokenRange,
@@ -68,6 +70,7 @@ impl<F: File> Cursor<F> {
                 Ok(None) => self.scan = None,
                 // It was passed over.
                 Err(error) if is_voided(self.set.layout(), self.table.id(), &error) => {}
+                Err(Error::Corrupt { .. }) if self.damage == Damage::PassedOver => {}
                 Err(error) => return Err(error),
             }
         }
@@ -104,6 +107,27 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         request: &ScanRequest<'_>,
         visit: &mut dyn FnMut(&RecordRef<'_>) -> bool,
     ) -> Result<Option<(Token, Vec<u8>)>> {
+        self.scan_by(Damage::Met, request, visit).await
+    }
+
+    /// As [`Shard::scan`], of what can be read: for who knows from elsewhere what was there.
+    ///
+    /// # Errors
+    /// Whatever the disk says.
+    pub async fn scan_readable(
+        &self,
+        request: &ScanRequest<'_>,
+        visit: &mut dyn FnMut(&RecordRef<'_>) -> bool,
+    ) -> Result<Option<(Token, Vec<u8>)>> {
+        self.scan_by(Damage::PassedOver, request, visit).await
+    }
+
+    async fn scan_by(
+        &self,
+        damage: Damage,
+        request: &ScanRequest<'_>,
+        visit: &mut dyn FnMut(&RecordRef<'_>) -> bool,
+    ) -> Result<Option<(Token, Vec<u8>)>> {
         let token = request.range.first;
         let mut place: Option<Place> =
             request.after.map(|(namespace, key)| Place { token, namespace, key: key.to_vec() });
@@ -113,14 +137,17 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             let first = place.as_ref().map_or(request.range.first, |place| place.token);
             let mut rest = TokenRange { first, last: request.range.last };
             // What is lost of tables that were put aside ends the scan.
-            let lost = self.first_lost(&set, &rest);
+            let lost = match damage {
+                Damage::Met => self.first_lost(&set, &rest),
+                Damage::PassedOver => None,
+            };
             if let Some((token, error)) = &lost {
                 if *token <= first {
                     return Err(error.clone());
                 }
                 rest.last = Token(token.0 - 1);
             }
-            let mut cursors = cursors_of(&set, rest);
+            let mut cursors = cursors_of(&set, rest, damage);
             if let Some(place) = &place {
                 self.noting(skip_to(&mut cursors, place).await)?;
             }
@@ -206,11 +233,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 }
 
-fn cursors_of<F: File>(set: &Rc<TableSet<F>>, range: TokenRange) -> Vec<Cursor<F>> {
+fn cursors_of<F: File>(set: &Rc<TableSet<F>>, range: TokenRange, damage: Damage) -> Vec<Cursor<F>> {
     set.slices(range)
         .map(|(table, ranges)| Cursor {
             set: Rc::clone(set),
             table: Rc::clone(table),
+            damage,
             ranges: ranges.into_iter(),
             range,
             scan: None,

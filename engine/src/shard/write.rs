@@ -7,6 +7,7 @@
 //! reads first; it is then appended only if nobody wrote the token in between, else it reads
 //! again. That loop ends because each turn of it lets another write of the same key succeed.
 
+use super::read::Damage;
 use super::space::SpaceLevel;
 use super::{Memory, Shard};
 use crate::disk::Disk;
@@ -366,6 +367,17 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         namespace: NamespaceId,
         key: &[u8],
     ) -> Result<Option<Option<Record>>> {
+        self.get_settled_by(Damage::Met, token, namespace, key).await
+    }
+
+    /// The same, by what becomes of damage.
+    pub(super) async fn get_settled_by(
+        &self,
+        damage: Damage,
+        token: Token,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Result<Option<Option<Record>>> {
         let state = &*self.state;
         loop {
             let last = state.unsettled.borrow().last_of(token).max(Some(state.dropped_at.get()));
@@ -375,7 +387,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             }
         }
         let before = (state.writes_of(token), state.dropped_at.get());
-        let current = self.get(token, namespace, key).await?;
+        let current = match damage {
+            Damage::Met => self.get(token, namespace, key).await?,
+            Damage::PassedOver => self.get_readable(token, namespace, key).await?,
+        };
         let after = (state.writes_of(token), state.dropped_at.get());
         Ok((before == after).then_some(current))
     }

@@ -34,6 +34,10 @@ pub enum Command {
     Status,
     /// `ring`: who holds what.
     Ring(RingQuery),
+    /// `repair`: compares the partitions of the node with their other replicas.
+    Repair(RepairQuery),
+    /// `repair.status`: how far the replicas agree.
+    RepairStatus,
     /// `snapshot.create`: hard links of all shards' files, under a name.
     SnapshotCreate(Named),
     /// `snapshot.list`: all snapshots.
@@ -76,6 +80,17 @@ pub struct RingQuery {
     pub ns: Option<String>,
 }
 
+/// Arguments of `repair`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RepairQuery {
+    /// Only what is compared together with this namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Whether all records are read as well, to check them.
+    pub scrub: bool,
+}
+
 impl Command {
     /// Reads a command as it came.
     ///
@@ -89,6 +104,8 @@ impl Command {
             "ns.drop" => Command::NsDrop(read(arguments)?),
             "status" => Command::Status,
             "ring" => Command::Ring(read(arguments)?),
+            "repair" => Command::Repair(read(arguments)?),
+            "repair.status" => Command::RepairStatus,
             "snapshot.create" => Command::SnapshotCreate(snapshot_name(arguments)?),
             "snapshot.list" => Command::SnapshotList,
             "snapshot.delete" => Command::SnapshotDelete(snapshot_name(arguments)?),
@@ -106,6 +123,8 @@ impl Command {
             Command::NsDrop(_) => "ns.drop",
             Command::Status => "status",
             Command::Ring(_) => "ring",
+            Command::Repair(_) => "repair",
+            Command::RepairStatus => "repair.status",
             Command::SnapshotCreate(_) => "snapshot.create",
             Command::SnapshotList => "snapshot.list",
             Command::SnapshotDelete(_) => "snapshot.delete",
@@ -116,12 +135,15 @@ impl Command {
     #[must_use]
     pub fn arguments(&self) -> String {
         let value = match self {
-            Command::NsList | Command::Status | Command::SnapshotList => json!({}),
+            Command::NsList | Command::Status | Command::RepairStatus | Command::SnapshotList => {
+                json!({})
+            }
             Command::NsCreate(change) | Command::NsSet(change) => json!(change),
             Command::NsDrop(named)
             | Command::SnapshotCreate(named)
             | Command::SnapshotDelete(named) => json!(named),
             Command::Ring(query) => json!(query),
+            Command::Repair(query) => json!(query),
         };
         value.to_string()
     }
@@ -131,7 +153,12 @@ impl Command {
     pub fn changes(&self) -> bool {
         !matches!(
             self,
-            Command::NsList | Command::Status | Command::Ring(_) | Command::SnapshotList
+            Command::NsList
+                | Command::Status
+                | Command::RepairStatus
+                | Command::Repair(_)
+                | Command::Ring(_)
+                | Command::SnapshotList
         )
     }
 }
@@ -381,6 +408,94 @@ impl StatusReply {
         };
         self.nodes = members.iter().map(row).collect();
         self
+    }
+}
+
+/// The reply of `repair` and `repair.status`: how far the replicas agree, as one node knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairReply {
+    /// The node.
+    pub node: u32,
+    /// All holders of all partitions have seen the same writes, and nothing is damaged.
+    pub converged: bool,
+    /// Partitions that the node holds. The next four add up to it.
+    pub partitions: u64,
+    /// All holders have seen the same writes.
+    pub in_sync: u64,
+    /// The node lacks writes.
+    pub behind: u64,
+    /// Only others lack writes.
+    pub ahead: u64,
+    /// A holder has not been heard.
+    pub unknown: u64,
+    /// With a range that cannot be read here.
+    pub damaged: u64,
+    /// Of which the node keeps records for their holders.
+    pub hints: u64,
+    /// Writes that the node lacks.
+    pub writes_lacked: u64,
+    /// Syncs under way.
+    pub syncs: u64,
+    /// Pairs of a partition and another holder.
+    pub pairs: u64,
+    /// Of them compared whole in their last round.
+    pub checked: u64,
+    /// Of them different in their last round.
+    pub differing: u64,
+    /// Comparisons under way.
+    pub open: u64,
+    /// Comparisons that ended.
+    pub rounds: u64,
+    /// Keys ever found to differ.
+    pub keys_differing: u64,
+    /// Records mended here by comparisons.
+    pub repaired: u64,
+    /// Records fetched because a block could not be read.
+    pub refilled: u64,
+    /// Bytes of messages of comparisons, both ways.
+    pub bytes: u64,
+    /// Bytes of records read for it.
+    pub read_bytes: u64,
+    /// Leaves that a scrub on demand has still to read.
+    pub scrub_left: u64,
+}
+
+impl RepairReply {
+    /// What the node's numbers say.
+    #[must_use]
+    pub fn of_node(node: &NodeSnapshot) -> RepairReply {
+        let (gauges, counters) = (node.gauges(), node.counters());
+        let away = gauges.partitions_behind
+            + gauges.partitions_ahead
+            + gauges.partitions_unknown
+            + gauges.partitions_hosted
+            + gauges.partitions_damaged
+            + gauges.ranges_unreadable
+            + gauges.repair_differing;
+        RepairReply {
+            node: node.node,
+            converged: away == 0,
+            partitions: gauges.partitions_held,
+            in_sync: gauges.partitions_in_sync,
+            behind: gauges.partitions_behind,
+            ahead: gauges.partitions_ahead,
+            unknown: gauges.partitions_unknown,
+            damaged: gauges.partitions_damaged,
+            hints: gauges.partitions_hosted,
+            writes_lacked: gauges.writes_lacked,
+            syncs: gauges.syncs,
+            pairs: gauges.repair_pairs,
+            checked: gauges.repair_checked,
+            differing: gauges.repair_differing,
+            open: gauges.repair_open,
+            rounds: counters.repair_rounds,
+            keys_differing: counters.repair_keys_differing,
+            repaired: counters.repaired_records,
+            refilled: counters.refilled_records,
+            bytes: counters.repair_bytes,
+            read_bytes: counters.repair_read_bytes,
+            scrub_left: gauges.scrub_demanded,
+        }
     }
 }
 

@@ -116,6 +116,28 @@ numbers! {
     forwarded;
     /// Records that this replica lacked and another brought.
     synced_records;
+    /// Records that comparisons with other replicas have mended here.
+    repaired_records;
+    /// Records fetched from another replica because a block could not be read.
+    refilled_records;
+    /// Ranges that could not be read and are whole again.
+    ranges_refilled;
+    /// Comparisons of a partition with another replica that ended.
+    repair_rounds;
+    /// Comparisons that found a difference: a fault of disk, memory or program.
+    repair_faults;
+    /// Keys found to differ from another replica that had seen the same writes.
+    repair_keys_differing;
+    /// Bytes of messages of comparisons, both ways; records not among them.
+    repair_bytes;
+    /// Bytes of records read to compare and to check them.
+    repair_read_bytes;
+    /// Leaves of trees read only to check them.
+    scrubbed_leaves;
+    /// Scans of comparisons and scrubbing that met damage.
+    scrub_damaged;
+    /// Scans that found other records than were noted.
+    scrub_mismatches;
     /// Reads that found a replica stale and mended it.
     read_repairs;
     /// Nanoseconds during which writes were slowed because compaction was behind.
@@ -173,6 +195,38 @@ numbers! {
     ranges_unreadable;
     /// 1 when the commit log is poisoned by a failed write or sync.
     log_poisoned;
+    /// Partitions that this node holds.
+    partitions_held;
+    /// Partitions of which all holders have seen the same writes.
+    partitions_in_sync;
+    /// Partitions of which another replica has writes that this one lacks.
+    partitions_behind;
+    /// Partitions of which only other holders lack writes.
+    partitions_ahead;
+    /// Partitions of which a holder has not been heard.
+    partitions_unknown;
+    /// Partitions of which this node keeps records for their holders.
+    partitions_hosted;
+    /// Partitions with a range that cannot be read and is not yet filled again.
+    partitions_damaged;
+    /// Writes that this node lacks.
+    writes_lacked;
+    /// Syncs under way.
+    syncs;
+    /// Pairs of a partition and another holder that are compared in turn.
+    repair_pairs;
+    /// Of them, those that were compared whole in their last round.
+    repair_checked;
+    /// Of them, those that differed in their last round.
+    repair_differing;
+    /// Comparisons under way.
+    repair_open;
+    /// Leaves of trees that must be read before they are compared.
+    repair_dirty_leaves;
+    /// Memory of trees in bytes.
+    repair_tree_bytes;
+    /// Leaves that a scrub on demand has still to read.
+    scrub_demanded;
     /// Links to shards of other nodes that stand.
     peer_links_up;
     /// Connections from shards of other nodes.
@@ -203,6 +257,8 @@ pub struct ShardSnapshot {
     pub gauges: Gauges,
     /// How far it is from being whole.
     pub standing: Standing,
+    /// Nodes because of which tombstones wait, with the number of partitions.
+    pub tombstones_waiting_for: Vec<(u32, u64)>,
     /// Connections between nodes that were refused or ended, by reason; empty without peers.
     pub peer_refusals: Vec<(&'static str, u64)>,
 }
@@ -382,6 +438,7 @@ impl NodeSnapshot {
             }
         }
         self.peer_refusals_to_prometheus(&mut text);
+        self.waiting_for_to_prometheus(&mut text);
         self.latencies_to_prometheus(&mut text);
         let node: [(&str, &str, &str, String); 8] = [
             (
@@ -448,6 +505,21 @@ impl NodeSnapshot {
             for (reason, count) in &shard.peer_refusals {
                 let number = shard.shard;
                 writeln!(text, "annulus_{name}{{shard=\"{number}\",reason=\"{reason}\"}} {count}")
+                    .expect("a string takes all");
+            }
+        }
+    }
+
+    fn waiting_for_to_prometheus(&self, text: &mut String) {
+        let name = "tombstones_waiting_for";
+        if self.shards.iter().any(|shard| !shard.tombstones_waiting_for.is_empty()) {
+            let help = "Partitions whose tombstones wait for news of this node.";
+            heading(text, name, help, "gauge");
+        }
+        for shard in &self.shards {
+            for (node, count) in &shard.tombstones_waiting_for {
+                let number = shard.shard;
+                writeln!(text, "annulus_{name}{{shard=\"{number}\",node=\"{node}\"}} {count}")
                     .expect("a string takes all");
             }
         }

@@ -1,4 +1,4 @@
-//! `annulus ring`, `stats`, `status` and `snapshot`: ask the server, print its answer.
+//! `annulus ring`, `stats`, `status`, `repair` and `snapshot`: ask the server, print its answer.
 //!
 //! Invariant: `--json` prints the server's document as it is; the tables are made from it.
 
@@ -12,15 +12,16 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use super::arguments::{
-    RingArguments, SnapshotArguments, SnapshotCommand, StatsArguments, StatusArguments,
+    RepairArguments, RingArguments, SnapshotArguments, SnapshotCommand, StatsArguments,
+    StatusArguments,
 };
 use super::data::{key, moment};
 use super::output::{Output, finish};
 use super::remote::{self, TIMEOUT_LONG, connect, failure};
 use super::{Exit, Failure, Outcome};
 use crate::commands::{
-    Command, Named, Replica, RingQuery, RingReply, SnapshotReply, SnapshotRow, StatusReply,
-    check_snapshot_name,
+    Command, Named, RepairQuery, RepairReply, Replica, RingQuery, RingReply, SnapshotReply,
+    SnapshotRow, StatusReply, check_snapshot_name,
 };
 use crate::units::Size;
 
@@ -134,6 +135,47 @@ pub(super) fn status(arguments: StatusArguments) -> Outcome {
         "LAG",
     ];
     print_table(&header, &rows)
+}
+
+pub(super) fn repair(arguments: RepairArguments) -> Outcome {
+    let command = match arguments.status {
+        true => Command::RepairStatus,
+        false => Command::Repair(RepairQuery { namespace: arguments.ns, scrub: arguments.scrub }),
+    };
+    let reply: RepairReply = remote::command(&arguments.server, &command)?;
+    let printed = match arguments.server.json {
+        true => print_json(&reply),
+        false => print_table(&["WHAT", "NUMBER"], &repair_rows(&reply)),
+    };
+    printed?;
+    let shows_difference = arguments.status && !reply.converged;
+    Ok(if shows_difference { Exit::Negative } else { Exit::Success })
+}
+
+fn repair_rows(reply: &RepairReply) -> Vec<Vec<String>> {
+    let row = |what: &str, number: String| vec![what.to_owned(), number];
+    vec![
+        row("converged", if reply.converged { "yes" } else { "no" }.to_owned()),
+        row("partitions", reply.partitions.to_string()),
+        row("partitions in sync", reply.in_sync.to_string()),
+        row("partitions behind", reply.behind.to_string()),
+        row("partitions ahead", reply.ahead.to_string()),
+        row("partitions unknown", reply.unknown.to_string()),
+        row("partitions damaged", reply.damaged.to_string()),
+        row("partitions kept for others", reply.hints.to_string()),
+        row("writes lacked", reply.writes_lacked.to_string()),
+        row("syncs under way", reply.syncs.to_string()),
+        row("replicas to compare with", reply.pairs.to_string()),
+        row("of them checked", reply.checked.to_string()),
+        row("of them differing", reply.differing.to_string()),
+        row("comparisons under way", reply.open.to_string()),
+        row("keys found to differ", reply.keys_differing.to_string()),
+        row("records repaired", reply.repaired.to_string()),
+        row("records refilled", reply.refilled.to_string()),
+        row("bytes of comparisons", Size(reply.bytes).rounded()),
+        row("bytes read for them", Size(reply.read_bytes).rounded()),
+        row("leaves left to scrub", reply.scrub_left.to_string()),
+    ]
 }
 
 pub(super) fn stats(mut arguments: StatsArguments) -> Outcome {

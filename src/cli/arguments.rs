@@ -83,6 +83,11 @@ pub(crate) enum Command {
     /// Show one row a node.
     #[command(after_help = "Example:\n  annulus status")]
     Status(StatusArguments),
+    /// Compare a node's partitions with their other replicas, or show how far they agree.
+    #[command(after_help = "Examples:\n  annulus repair\n  annulus repair --status --json\n  \
+        annulus repair --scrub\n\nExit code of --status: 0 when all replicas agree as far as \
+        the node knows, else 1.")]
+    Repair(RepairArguments),
     /// Print a log segment, table, manifest, identity or namespaces file, or a directory of them.
     #[command(
         after_help = "Examples:\n  annulus inspect annulus-data/shard-000/IDENTITY\n  annulus \
@@ -376,6 +381,21 @@ pub(crate) struct StatsArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct StatusArguments {
+    #[command(flatten)]
+    pub(crate) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RepairArguments {
+    /// Only what is compared together with this namespace: those with as many copies.
+    #[arg(long, value_name = "NS", conflicts_with = "status")]
+    pub(crate) ns: Option<String>,
+    /// Start nothing, show how far the replicas agree; exit 1 when they do not.
+    #[arg(long)]
+    pub(crate) status: bool,
+    /// Read all records as well, to check them.
+    #[arg(long, conflicts_with = "status")]
+    pub(crate) scrub: bool,
     #[command(flatten)]
     pub(crate) server: Server,
 }

@@ -113,6 +113,7 @@ fn dispatch(command: Command) -> Outcome {
         Command::Ns(arguments) => namespace::run(arguments),
         Command::Ring(arguments) => admin::ring(arguments),
         Command::Stats(arguments) => admin::stats(arguments),
+        Command::Repair(arguments) => admin::repair(arguments),
         Command::Status(arguments) => admin::status(arguments),
         Command::Snapshot(arguments) => admin::snapshot(arguments),
         Command::Inspect(arguments) => {

@@ -153,7 +153,7 @@ pub(super) fn snapshot(
         log_poisoned: u64::from(stats.poisoned.is_some()),
         ..Gauges::default()
     };
-    ShardSnapshot { shard, metrics, gauges, standing, peer_refusals: Vec::new() }
+    ShardSnapshot { shard, metrics, gauges, standing, ..ShardSnapshot::default() }
 }
 
 /// The disk's level as the metrics name it.

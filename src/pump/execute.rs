@@ -614,6 +614,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
             Done::SyncServed { to, page } => self.sync_served(to, page),
             Done::SyncMerged { id, merged } => self.sync_merged(id, merged),
+            Done::RepairRead { factor, repairer, id, read } => {
+                self.repair_read(factor, &repairer, id, read);
+            }
+            Done::RepairMerged { from, id, merged } => self.repair_merged(from, id, merged),
+            Done::Refilled { id, page } => self.refilled(id, page),
+            Done::RefillCleared { id, cleared } => self.refill_cleared(id, cleared),
         }
     }
 

@@ -37,6 +37,7 @@ use std::task::{Context, Poll, Waker};
 use annulus_cluster::Topology;
 use annulus_cluster::coordinator::OpId;
 use annulus_cluster::message::Want;
+use annulus_cluster::repair::{ReadId, Repairer};
 use annulus_cluster::tracking::PeerShard;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::ContextSecret;
@@ -58,12 +59,12 @@ pub use admin::{AdminDesk, AdminJob, disk_level};
 pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
 pub use links::{Lane, LinkDown, Links, NoLinks};
-pub use replication::ReplicationOptions;
+pub use replication::{RepairFigures, ReplicationOptions};
 
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
-use replication::{Change, MergedPage, OwnWrite, Replication};
+use replication::{Change, FilledPage, MergedPage, OwnWrite, Replication};
 use revive::Revival;
 use sessions::{Session, Sessions};
 use waiting::WaitingTasks;
@@ -197,6 +198,29 @@ enum Done {
         to: PeerShard,
         page: annulus_engine::Result<Vec<u8>>,
     },
+    /// A scan for the trees of repair.
+    RepairRead {
+        factor: u8,
+        repairer: Rc<RefCell<Repairer>>,
+        id: ReadId,
+        read: annulus_engine::Result<u64>,
+    },
+    /// Records of repair were merged.
+    RepairMerged {
+        from: PeerShard,
+        id: u64,
+        merged: annulus_engine::Result<u64>,
+    },
+    /// A page of what could not be read here was merged.
+    Refilled {
+        id: u64,
+        page: annulus_engine::Result<FilledPage>,
+    },
+    /// A range was declared whole.
+    RefillCleared {
+        id: u64,
+        cleared: annulus_engine::Result<()>,
+    },
     /// A page of a helper was merged, all of it visible.
     SyncMerged {
         id: u64,
@@ -275,6 +299,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// A pump over an open shard.
     pub fn new(shard: Shard<D, R>, runtime: R, options: PumpOptions) -> Pump<D, R> {
         let (now, wall) = (runtime.now(), runtime.wall());
+        if options.replication.is_some() {
+            shard.watch_touched();
+        }
         Pump {
             shard,
             runtime,
@@ -585,13 +612,17 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub fn snapshot(&self) -> ShardSnapshot {
         let in_flight = self.sessions.values().map(|s| u64::from(s.wire.in_flight())).sum();
         let held = self.sessions.values().map(|s| s.wire.memory() as u64).sum();
-        admin::snapshot(
+        let mut snapshot = admin::snapshot(
             self.map.own(),
             &self.metrics.borrow(),
             &self.shard.stats(),
             (self.sessions.len() as u64, in_flight, held),
             self.standing_of_shard(),
-        )
+        );
+        if let Some(figures) = self.repair_figures() {
+            figures.note_in(&mut snapshot);
+        }
+        snapshot
     }
 
     /// The namespace of a request.

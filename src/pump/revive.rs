@@ -136,6 +136,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         shard.set_dropped_namespaces(self.catalogue.dropped());
         self.shard = shard;
         self.replicate_anew();
+        self.replant_trees();
         self.revival.stage = Stage::Well;
         self.revival.since = Some(self.now);
         self.metrics.borrow_mut().counters.log_reopened += 1;

@@ -18,8 +18,8 @@ use super::map::ClientFacts;
 use super::node::{Ask, Node, NodeFacts, State};
 use crate::admin::Source as _;
 use crate::commands::{
-    Command, Copies, Placement, Replica, RingReply, SnapshotReply, SnapshotRow, StatusReply,
-    apply_to_namespaces,
+    Command, Copies, Placement, RepairReply, Replica, RingReply, SnapshotReply, SnapshotRow,
+    StatusReply, apply_to_namespaces,
 };
 use crate::metrics::NodeSnapshot;
 use crate::namespaces::{Catalogue, DEFAULT_NAME};
@@ -125,6 +125,25 @@ impl Desk {
                 let ring = RingReply::answer(query, facts.partition_bits, facts.hash_seed, copies);
                 let ring = ring.map_err(|what| (Status::BAD_REQUEST, what))?;
                 Ok(json!(ring).to_string().into())
+            }
+            Command::Repair(query) => {
+                let catalogue = self.node.catalogue();
+                let copies = match &query.namespace {
+                    None => None,
+                    Some(name) => Some(
+                        catalogue
+                            .by_name(name)
+                            .ok_or_else(|| failed(format!("there is no namespace `{name}`")))?
+                            .n,
+                    ),
+                };
+                self.node.ask_all(|_| Ask::Repair { copies, scrub: query.scrub });
+                let reply = RepairReply::of_node(&self.numbers().await);
+                Ok(json!(reply).to_string().into())
+            }
+            Command::RepairStatus => {
+                let reply = RepairReply::of_node(&self.numbers().await);
+                Ok(json!(reply).to_string().into())
             }
             Command::SnapshotCreate(named) => self.create_snapshot(&named.name).await,
             Command::SnapshotList => {

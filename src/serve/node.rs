@@ -63,6 +63,13 @@ pub(crate) enum Parcel {
 pub(crate) enum Ask {
     /// Its numbers.
     Snapshot(mpsc::UnboundedSender<ShardSnapshot>),
+    /// A round of comparisons with the other replicas.
+    Repair {
+        /// Only of namespaces with so many copies.
+        copies: Option<u8>,
+        /// Whether all records are read as well.
+        scrub: bool,
+    },
     /// A snapshot of its files in this directory.
     Files(std::path::PathBuf, oneshot::Sender<Result<(), String>>),
 }

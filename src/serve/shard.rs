@@ -560,6 +560,7 @@ impl Served {
                     // The asker may have given up.
                     let _ = reply.unbounded_send(self.snapshot());
                 }
+                Ask::Repair { copies, scrub } => self.pump.start_repair(copies, scrub),
                 Ask::Files(dir, reply) => self.snapshot_files(dir, reply),
             }
         }

@@ -17,6 +17,8 @@ use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
 
 use super::Replication;
+use super::refill::is_refill_id;
+use super::repair::is_repair_id;
 use crate::metrics::Standing;
 use crate::pump::{Done, Lane, Pump};
 
@@ -103,8 +105,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         }
         for floor in floors {
-            self.shard.set_purge_floor(floor.partition, floor.purge);
-            self.shard.set_stable(floor.partition, floor.stable);
+            let refill = self.replication.as_mut().map(|replication| &mut replication.refill);
+            if let Some(floor) = refill.and_then(|refill| refill.hold(floor)) {
+                self.set_floor(floor);
+            }
         }
         for gap in closed {
             match gap.is_void {
@@ -121,6 +125,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             self.begin_sync(wanted.partition, wanted.helper);
         }
         self.expire_syncs();
+        self.refill_turn();
         if self.map.own() == 0 && self.is_time_for_settings() {
             self.tell_all_settings();
         }
@@ -152,12 +157,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
             }
             PeerMessage::Sync { .. } => self.serve_sync(from, message),
+            PeerMessage::SyncPage { id, .. } if is_repair_id(*id) => {
+                self.take_repair_page(from, message, raw);
+            }
+            PeerMessage::SyncPage { id, .. } if is_refill_id(*id) => {
+                self.take_refill_page(from, message, raw);
+            }
             PeerMessage::SyncPage { .. } => self.take_sync_page(from, message, raw),
             PeerMessage::Settings { client, generation, catalogue } => {
                 self.take_settings(from, client, *generation, catalogue);
             }
-            // Trees are not compared yet; a probe's answer has nobody waiting.
-            _ => {}
+            // A probe's answer has nobody waiting.
+            other => self.repair_message(from, other),
         }
     }
 
@@ -167,6 +178,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(replication) = &mut self.replication else { return };
         replication.peers.insert(node, super::Peer { shard_count });
         replication.coordinator.peer_up(node);
+        self.repair_peer_up(node);
         if shard < shard_count {
             self.tell_settings(PeerShard { node, shard });
         }
@@ -180,6 +192,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             let Some(replication) = &mut self.replication else { return };
             let actions = &mut replication.actions;
             replication.coordinator.peer_down(moment, node, actions);
+            self.repair_peer_down(node);
         }
     }
 
@@ -226,6 +239,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         for peer in peers {
             self.tell_settings(peer);
         }
+        self.place_trees();
     }
 
     fn take_settings(&mut self, from: PeerShard, client: &[u8], generation: u64, bytes: &[u8]) {

@@ -5,6 +5,8 @@
 //! client's request -> coordinate.rs   plan, apply here, send -> acks -> answer
 //! peer's message   -> replica.rs      check, merge or read   -> answer to the peer
 //! background       -> exchange.rs     announcements, and sync with whoever has what is missing
+//!                     repair.rs       replicas that should be equal are compared
+//!                     refill.rs       what a damaged disk held comes from others
 //! ```
 //!
 //! Invariant: nothing is sent from where a message is made; letters are gathered and leave at the
@@ -14,6 +16,8 @@ mod admin;
 mod coordinate;
 mod exchange;
 mod forward;
+mod refill;
+mod repair;
 mod replica;
 mod sync;
 mod trace;
@@ -35,6 +39,10 @@ pub(super) use admin::Change;
 use coordinate::Operation;
 pub(super) use coordinate::OwnWrite;
 use forward::Forwarded;
+pub(super) use refill::FilledPage;
+use refill::Refill;
+use repair::Repair;
+pub use repair::RepairFigures;
 pub(super) use sync::MergedPage;
 use sync::Session;
 
@@ -82,6 +90,8 @@ pub(super) struct Replication {
     /// Requests that were handed on to another node.
     forwarded: BTreeMap<u64, Forwarded>,
     sessions: Vec<Session>,
+    repair: Repair,
+    refill: Refill,
     letters: Vec<Letter>,
     /// What the coordinator decided and the end of the turn carries out.
     actions: Vec<Action>,
@@ -119,6 +129,8 @@ impl Replication {
             peers: BTreeMap::new(),
             forwarded: BTreeMap::new(),
             sessions: Vec::new(),
+            repair: Repair::new(options.life, now),
+            refill: Refill::new(now),
             letters: Vec::new(),
             actions: Vec::new(),
             refusals: Vec::new(),
@@ -172,7 +184,8 @@ impl Replication {
         let operations = self.coordinator.next_timeout();
         let forwards = (!self.forwarded.is_empty()).then_some(self.next_sweep);
         let soonest = operations.into_iter().chain(forwards).min();
-        soonest.map_or(self.next_exchange, |at| at.min(self.next_exchange))
+        let background = self.next_exchange.min(self.repair.next_timeout());
+        soonest.map_or(background, |at| at.min(background))
     }
 
     pub(super) fn topology(&self) -> &Topology {
@@ -209,6 +222,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn replicate(&mut self, wires: &mut dyn Wires, links: &mut dyn Links) -> bool {
         let mut worked = self.act(wires);
         self.exchange_turn();
+        self.repair_turn();
         let now = self.now;
         let Some(replication) = &mut self.replication else { return worked };
         if now >= replication.next_sweep {

@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::path::Path;
 use std::rc::Rc;
 
+use annulus::metrics::ShardSnapshot;
 use annulus::namespaces::Catalogue;
 use annulus::pump::{
     AdminDesk, AdminJob, ConnectionKey, Lane, Message, Pump, PumpOptions, ReplicationOptions,
@@ -39,7 +40,7 @@ pub(super) const SECRET: ContextSecret = ContextSecret([3, 4]);
 /// Id of the cluster.
 const CLUSTER: u128 = 7;
 
-type SimShard = Shard<SimDisk, SimRuntime>;
+pub(super) type SimShard = Shard<SimDisk, SimRuntime>;
 type SimPump = Pump<SimDisk, SimRuntime>;
 /// Where a task leaves what it came to.
 type Slot<T> = Rc<RefCell<Option<T>>>;
@@ -162,6 +163,21 @@ impl Host {
         match &self.stage {
             Stage::Up(pump) => Some(pump.shard().clone()),
             _ => None,
+        }
+    }
+
+    pub(super) fn snapshot(&self) -> Option<ShardSnapshot> {
+        match &self.stage {
+            Stage::Up(pump) => Some(pump.snapshot()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn start_repair(&mut self, scrub: bool) {
+        if let Stage::Up(pump) = &mut self.stage {
+            pump.tick(self.runtime.now());
+            pump.start_repair(None, scrub);
+            self.dirty = true;
         }
     }
 

@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use annulus::config::Compression;
+use annulus::metrics::ShardSnapshot;
 use annulus::namespaces::{Catalogue, Level as NamespaceLevel, Mode as NamespaceMode, Settings};
 use annulus::pump::ConnectionKey;
 use annulus_cluster::{NodeInfo, Topology, Weight};
@@ -30,7 +31,8 @@ use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
 use annulus_engine::options::{Durability, Options};
 use annulus_engine::runtime::{Class, Runtime as _};
 use annulus_engine::shard::ScanRequest;
-use annulus_engine::sim::{Chance, Rule, SimDisk, SimExecutor};
+use annulus_engine::shard::Shard;
+use annulus_engine::sim::{Chance, Rule, SimDisk, SimExecutor, SimRuntime};
 use annulus_net::wire::status::Status;
 
 use crate::calls::CallMix;
@@ -210,6 +212,40 @@ impl SimCluster {
     #[must_use]
     pub fn disk(&self, node: u32, shard: u32) -> &SimDisk {
         &self.nodes[node as usize].hosts[shard as usize].disk
+    }
+
+    /// The engine behind a shard that serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn shard(&self, node: u32, shard: u32) -> Shard<SimDisk, SimRuntime> {
+        self.nodes[node as usize].hosts[shard as usize].shard().expect("a shard that serves")
+    }
+
+    /// The numbers of a shard that serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn numbers(&self, node: u32, shard: u32) -> ShardSnapshot {
+        self.nodes[node as usize].hosts[shard as usize].snapshot().expect("a shard that serves")
+    }
+
+    /// Runs something of the engine's to its end, beside everything else.
+    pub fn run<T>(&self, task: impl Future<Output = T>) -> T {
+        self.executor.run(task)
+    }
+
+    /// The clock of everything.
+    #[must_use]
+    pub fn runtime(&self) -> SimRuntime {
+        self.executor.runtime()
+    }
+
+    /// Lets a node compare everything with the others, and read everything if `scrub`.
+    pub fn start_repair(&mut self, node: u32, scrub: bool) {
+        self.nodes[node as usize].hosts.iter_mut().for_each(|host| host.start_repair(scrub));
     }
 
     /// Whether all shards of the node serve.

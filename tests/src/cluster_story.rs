@@ -99,6 +99,7 @@ impl ClusterStory {
             shards,
             replicas,
             durability,
+            disk_nanos_max: [MS / 10, MS / 10, 5 * MS, 50 * MS][chance.index(4)],
             weather: if fair { Weather::fair() } else { Weather::draw(&mut chance) },
             clients: u32::try_from(chance.between(2, 6)).expect("a few"),
             mix,

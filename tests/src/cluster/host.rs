@@ -127,9 +127,14 @@ impl AdminDesk for NoDesk {
 
 impl Host {
     /// A shard on a new disk, down.
-    pub(super) fn new(place: Place, group: u32, executor: &SimExecutor, seed: u64) -> Host {
+    pub(super) fn new(
+        place: Place,
+        group: u32,
+        executor: &SimExecutor,
+        disk: SimDiskOptions,
+    ) -> Host {
         let runtime = executor.runtime_of(group);
-        let disk = SimDisk::new(&runtime, SimDiskOptions::seeded(seed));
+        let disk = SimDisk::new(&runtime, disk);
         executor.run(async {
             disk.create_dir(Path::new("data")).await.expect("a new disk");
             disk.sync_dir(Path::new("")).await.expect("a new disk");

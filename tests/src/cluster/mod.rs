@@ -32,7 +32,7 @@ use annulus_engine::options::{Durability, Options};
 use annulus_engine::runtime::{Class, Runtime as _};
 use annulus_engine::shard::ScanRequest;
 use annulus_engine::shard::Shard;
-use annulus_engine::sim::{Chance, Rule, SimDisk, SimExecutor, SimRuntime};
+use annulus_engine::sim::{Chance, Rule, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 use annulus_net::wire::status::Status;
 
 use crate::calls::CallMix;
@@ -66,6 +66,9 @@ pub struct ClusterOptions {
     pub replicas: u8,
     /// Whether writes are synced before they are acknowledged, or within a window.
     pub durability: Durability,
+    /// Longest time of an operation of a disk, in nanoseconds. What takes long is often
+    /// interrupted.
+    pub disk_nanos_max: u64,
     /// Of the network.
     pub weather: Weather,
     /// Clients.
@@ -110,6 +113,7 @@ pub struct SimCluster {
     routes: BTreeMap<ConnectionKey, Route>,
     clients: Vec<Client>,
     mix: CallMix,
+    disk_nanos_max: u64,
     book: Book,
     /// Promises broken outside of histories.
     broken: Vec<Violation>,
@@ -138,7 +142,9 @@ impl SimCluster {
         };
         let mut group = 0;
         let mut host = |node, shard, chance: &mut Chance| {
-            let host = Host::new(Place { node, shard }, group, &executor, chance.next_u64());
+            let seed = chance.next_u64();
+            let disk = disk_options(seed, options.disk_nanos_max);
+            let host = Host::new(Place { node, shard }, group, &executor, disk);
             group += 1;
             host
         };
@@ -184,6 +190,7 @@ impl SimCluster {
             nodes,
             clients,
             mix: options.mix.clone(),
+            disk_nanos_max: options.disk_nanos_max,
             book,
             broken: Vec::new(),
             diary: Vec::new(),
@@ -341,7 +348,8 @@ impl SimCluster {
         let seed = self.chance.next_u64();
         for host in &mut self.nodes[node as usize].hosts {
             let (place, group) = (host.place, host.group);
-            *host = Host::new(place, group, &self.executor, seed ^ u64::from(group));
+            let disk = disk_options(seed ^ u64::from(group), self.disk_nanos_max);
+            *host = Host::new(place, group, &self.executor, disk);
         }
         self.book.mark(Mark::DiskLost { node, at });
     }
@@ -619,6 +627,10 @@ impl SimCluster {
         }
         found
     }
+}
+
+fn disk_options(seed: u64, latency_nanos_max: u64) -> SimDiskOptions {
+    SimDiskOptions { latency_nanos_max, ..SimDiskOptions::seeded(seed) }
 }
 
 /// The members as each node sees them; none of a cluster of one.

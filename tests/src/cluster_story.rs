@@ -108,7 +108,7 @@ impl ClusterStory {
         let severity = Severity {
             troubles: [0, 2, 5, 10][chance.index(4)],
             skew_us: if nodes > 1 || LONE_SKEW {
-                [0, 0, 100_000, 200_000][chance.index(4)]
+                [0, 0, 100_000, 200_000, 3_000_000][chance.index(5)]
             } else {
                 0
             },

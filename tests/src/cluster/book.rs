@@ -228,9 +228,11 @@ impl Book {
             Class::Refused | Class::NotStarted => (Answer::NotStarted, Vec::new()),
             Class::MayBeApplied => (Answer::Perhaps, Vec::new()),
         };
-        if status == Status::CORRUPT
-            || status == Status::BAD_CONTEXT
-            || status == Status::BAD_REQUEST
+        let rules = self.histories[&call.namespace].rules;
+        // A node whose clock is behind refuses contexts of one whose clock is ahead.
+        let clocks_agree = 2 * rules.skew_us <= rules.max_offset_us;
+        if [Status::CORRUPT, Status::BAD_CONTEXT].contains(&status)
+            || (status == Status::BAD_REQUEST && clocks_agree)
         {
             let message = decode_failure(status, body).map_or("?", |failure| failure.message);
             self.wrong.push(format!("key {}: {status}: {message}", call.key));

@@ -453,13 +453,14 @@ impl SimCluster {
         self.end_of_disk_trouble(node);
     }
 
-    /// Everything is well again, except that nodes which are down stay so.
+    /// Everything is well again, clocks too, except that nodes which are down stay so.
     pub fn heal(&mut self) {
         self.network.heal(self.now());
         for node in 0..self.node_count() {
             self.resume(node);
             (0..self.common.shards).for_each(|shard| self.heal_disk(node, shard));
             self.nodes[node as usize].ailing = false;
+            self.set_clock(node, 0);
         }
     }
 

@@ -38,6 +38,7 @@ fn cluster() -> SimCluster {
         shards: 1,
         replicas: 3,
         durability: Durability::Sync,
+        disk_nanos_max: 100_000,
         weather: Weather::fair(),
         clients: 0,
         mix,

@@ -10,7 +10,7 @@
 //! which it does when no task can run. So each step of a background task ends with a look at
 //! what the parked shard waits for, which bounds the wait by one step.
 //!
-//! glommio's preemption timer is off ([`PREEMPTION`]): the shard's loop and every background task
+//! glommio's preemption timer is off (`PREEMPTION`): the shard's loop and every background task
 //! give way by their own clocks.
 
 use std::cell::{Cell, RefCell};

@@ -88,7 +88,8 @@ pub(super) fn value_bytes(value: ValueId) -> Vec<u8> {
         1..=5 => 0,
         _ => chance.index(200),
     };
-    let mut bytes = vec![0; 8 + size];
+    // Eight more at least, by which the number is known to be right.
+    let mut bytes = vec![0; 16 + size];
     chance.fill(&mut bytes[8..]);
     bytes[..8].copy_from_slice(&value.to_le_bytes());
     bytes

@@ -33,7 +33,7 @@ pub mod versions;
 
 use std::fmt;
 
-use crate::history::{EventId, History, Mode};
+use crate::history::{Answer, Call, EventId, History, Mode, Reading, Receipt, Seen};
 pub use converge::{Dump, Held};
 
 /// A broken promise.
@@ -81,19 +81,49 @@ pub fn check(history: &History) -> Vec<Violation> {
     found
 }
 
-/// A history's part about one key, for people.
+/// A history's part about one key, for people: one line a call, times in microseconds. Reads that
+/// show what the one before showed are left out.
 #[must_use]
 pub fn describe(history: &History, key: u32) -> String {
     use std::fmt::Write as _;
     let mut text = String::new();
+    let (mut shown, mut left_out): (Option<&Vec<Seen>>, u32) = (None, 0);
     for (id, event) in history.iter().filter(|(_, event)| event.key == key) {
-        let (from, to) = (event.invoked / 1000, event.returned / 1000);
+        let last = event.reading().map(|reading| &reading.values);
+        if last.is_some() && last == shown {
+            left_out += 1;
+            continue;
+        }
+        shown = last;
         // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "{id:5} {from:>12}..{to:<12} us client {} node {}: {:?} -> {:?}",
-            event.client, event.node, event.call, event.answer
-        );
+        if left_out > 0 {
+            let _ = writeln!(text, "      {left_out} more like it");
+            left_out = 0;
+        }
+        let (from, to) = (event.invoked / 1000, event.returned / 1000);
+        let call = match event.call {
+            Call::Get => "get".to_owned(),
+            Call::Put { value, ttl_ms, after, expect } => {
+                format!("put {value} ttl {ttl_ms} after {after:?} if {expect:?}")
+            }
+            Call::Delete { after, expect } => format!("delete after {after:?} if {expect:?}"),
+        };
+        let answer = match &event.answer {
+            Answer::Values(Reading { values, as_of, answers, primaries }) => {
+                let values: Vec<String> = values
+                    .iter()
+                    .map(|it| format!("{} ({} {})", it.value, it.version, it.expiry_ms))
+                    .collect();
+                let values = values.join(", ");
+                format!("[{values}] as of {:x} of {answers}, homes {primaries}", as_of.0)
+            }
+            Answer::Written(Receipt { version, acks, primary, durable }) => {
+                format!("{version} acks {acks} homes {primary} durable {durable}")
+            }
+            other => format!("{other:?}"),
+        };
+        let who = format!("client {} node {}", event.client, event.node);
+        let _ = writeln!(text, "{id:5} {from:>11}..{to:<11} {who}: {call} -> {answer}");
     }
     for mark in &history.marks {
         let _ = writeln!(text, "      {mark:?}");

@@ -592,17 +592,18 @@ impl SimCluster {
             .targets
             .iter()
             .flat_map(|target| (0..target.keys).map(move |key| (target.namespace, key)));
-        let mut keys = keys.filter(|(namespace, key)| match violation.event {
-            // Checkers of a history name its key.
-            Some(event) => self.histories().any(|(id, history)| {
-                let at = history.events.get(event);
-                id == *namespace && *key == violation.key && at.is_some_and(|at| at.key == *key)
-            }),
-            // Comparisons of replicas name it as the store does.
-            None => {
-                let name = String::from_utf8_lossy(&book::key_name(*key)).into_owned();
-                violation.what.starts_with(&format!("namespace {} key {name:?}", namespace.0))
-            }
+        let mut keys = keys.filter(|(namespace, key)| {
+            let place = match violation.event {
+                // Checkers of a history name its key by number.
+                Some(_) if *key != violation.key => return false,
+                Some(_) => format!("namespace {}:", namespace.0),
+                // Comparisons of replicas name it as the store does.
+                None => {
+                    let name = String::from_utf8_lossy(&book::key_name(*key)).into_owned();
+                    format!("namespace {} key {name:?}", namespace.0)
+                }
+            };
+            violation.what.starts_with(&place)
         });
         keys.next()
     }
@@ -623,8 +624,11 @@ impl SimCluster {
             event: None,
             what: what.clone(),
         }));
-        for (_, history) in self.histories() {
-            found.extend(checker::check(history));
+        for (namespace, history) in self.histories() {
+            found.extend(checker::check(history).into_iter().map(|it| Violation {
+                what: format!("namespace {}: {}", namespace.0, it.what),
+                ..it
+            }));
         }
         found
     }

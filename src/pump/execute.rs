@@ -9,7 +9,9 @@ use annulus_cluster::tracking::PeerShard;
 use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::{BoundContext, Context, KeyState};
-use annulus_engine::model::{Instant, Kind, NamespaceId, RecordRef, Timestamp, Token, WallMicros};
+use annulus_engine::model::{
+    Instant, Kind, NamespaceId, RecordRef, Timestamp, Token, VersionVector, WallMicros,
+};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Condition, Merge, Mutation, Outcome, Probe, Shard};
 use annulus_net::server_connection::{Arrival, Replies, Ticket};
@@ -93,6 +95,14 @@ pub(super) fn failure_of<'a>(error: &Error, message: &'a str) -> Failure<'a> {
         Error::Poisoned { .. } => failure.retry_after(100),
         _ => failure,
     }
+}
+
+/// What a client that reads this state has seen: all that the state tells, and all that `base`
+/// tells, which was taken before the state was read. States are stored without what it tells.
+fn context_of(state: &KeyState<'_>, base: &VersionVector) -> Context {
+    let mut state = state.clone();
+    state.fill(base);
+    state.context()
 }
 
 /// Shows a found record's live values to `show`, with the context's bytes.
@@ -298,9 +308,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             Vec::new()
         };
         let mut target = Some(target);
-        let probe = self.shard.probe(get.token, get.namespace, get.key, |found| {
-            let context =
-                |state: &KeyState<'_>| sign(state.context(), secret, get.namespace, get.token);
+        let shard = &self.shard;
+        let probe = shard.probe(get.token, get.namespace, get.key, |found| {
+            let context = |state: &KeyState<'_>| {
+                let context = context_of(state, &shard.base(get.token));
+                sign(context, secret, get.namespace, get.token)
+            };
             with_values(found.as_ref(), wall, version_only, context, |values, context| {
                 let facts = ReadFacts { as_of, answers: 1, primaries: 1, context, trace: &trace };
                 if let Some(target) = target.take() {
@@ -325,6 +338,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             (Probe::Pending(read), Some(target)) => {
                 let task = self.waiting.add(target.defer(), deadline, Status::EXPIRED);
                 let (shard, began) = (self.shard.clone(), self.now);
+                let base = shard.base(get.token);
                 let pending = Pending {
                     namespace: get.namespace,
                     token: get.token,
@@ -335,7 +349,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 };
                 self.tasks.push(Box::pin(async move {
                     let found = read.finish(&shard).await;
-                    Done::Read { task, pending, found, began }
+                    Done::Read { task, pending, base, found, began }
                 }));
             }
             (Probe::Pending(_), None) => {}
@@ -519,7 +533,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// A task has ended: its answer goes out.
     pub(super) fn finish(&mut self, done: Done, wires: &mut dyn Wires) {
         match done {
-            Done::Read { task, pending, found, began } => {
+            Done::Read { task, pending, base, found, began } => {
                 let Some(origin) = self.waiting.take(task) else { return };
                 let nanos = self.now.nanos_since(began);
                 self.metrics.borrow_mut().read_latency.record(nanos);
@@ -536,7 +550,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 let record = found.record();
                 let version_only = pending.flags.has(OperationFlags::VERSION_ONLY);
                 let context = |state: &KeyState<'_>| {
-                    sign(state.context(), secret, pending.namespace, pending.token)
+                    sign(context_of(state, &base), secret, pending.namespace, pending.token)
                 };
                 with_values(record.as_ref(), wall, version_only, context, |values, context| {
                     self.metrics.borrow_mut().counters.get_hits += u64::from(!values.is_empty());
@@ -598,14 +612,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 (Some((from, id)), Err(error)) => self.refuse_write(from, id, &error),
                 (None, _) => {}
             },
-            Done::ReplicaRead { from, id, want, as_of, is_primary, found } => {
-                self.finish_replica_read(from, id, want, (as_of, is_primary), found);
+            Done::ReplicaRead { from, id, want, as_of, is_primary, base, found } => {
+                self.finish_replica_read(from, id, want, (as_of, is_primary), &base, found);
             }
             Done::OwnWrite { own, outcome, begun, record } => {
                 self.own_write_done(&own, outcome, begun, record, wires);
             }
-            Done::OwnRead { op, as_of, is_primary, found } => {
-                self.own_read_done(op, (as_of, is_primary), found);
+            Done::OwnRead { op, as_of, is_primary, base, found } => {
+                self.own_read_done(op, (as_of, is_primary), &base, found);
             }
             Done::Adopted(adopted) => {
                 if let Err((_, what)) = adopted {

@@ -41,7 +41,9 @@ use annulus_cluster::repair::{ReadId, Repairer};
 use annulus_cluster::tracking::PeerShard;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::ContextSecret;
-use annulus_engine::model::{Instant, NamespaceId, Record, Timestamp, Token, WallMicros};
+use annulus_engine::model::{
+    Instant, NamespaceId, Record, Timestamp, Token, VersionVector, WallMicros,
+};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Found, Merge, Outcome, Shard};
 use annulus_net::server_connection::{
@@ -133,6 +135,8 @@ enum Done {
     Read {
         task: u64,
         pending: Pending,
+        /// Taken before the read began.
+        base: VersionVector,
         found: annulus_engine::Result<Found>,
         began: Instant,
     },
@@ -175,6 +179,8 @@ enum Done {
         want: Want,
         as_of: Timestamp,
         is_primary: bool,
+        /// Taken before the read began.
+        base: VersionVector,
         found: annulus_engine::Result<Found>,
     },
     /// This shard's own part of a write that read the key first.
@@ -189,6 +195,8 @@ enum Done {
         op: OpId,
         as_of: Timestamp,
         is_primary: bool,
+        /// Taken before the read began.
+        base: VersionVector,
         found: annulus_engine::Result<Found>,
     },
     /// Another node's newer catalogue was made this node's, or could not be.

@@ -151,15 +151,32 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
+    /// What of the token's partition every dot up to there has been merged here: with it a record
+    /// is [filled](Shard::filled_by) that is read from now on.
+    #[must_use]
+    pub fn base(&self, token: Token) -> VersionVector {
+        self.base_of(token)
+    }
+
+    /// A record that was read in this moment, as it must be sent or answered.
+    ///
+    /// # Errors
+    /// As [`Shard::filled_by`].
+    pub fn filled(&self, record: &Record) -> Result<Record> {
+        self.filled_by(record, &self.base_of(record.token))
+    }
+
     /// The record as it must be sent or answered: a key state that was stripped is filled again.
+    /// `base` is from before the record was read. A later one may cover a write of the key that
+    /// came in between: the state would claim to have seen it, and whoever merges it drop it.
     ///
     /// # Errors
     /// `Corrupt` when its value is no key state.
-    pub fn filled(&self, record: &Record) -> Result<Record> {
+    pub fn filled_by(&self, record: &Record, base: &VersionVector) -> Result<Record> {
         if record.kind != Kind::Siblings {
             return Ok(record.clone());
         }
-        let state = self.state_of(Some(record), &self.base_of(record.token))?;
+        let state = self.state_of(Some(record), base)?;
         let filled = state.to_record(&record.as_ref());
         Ok(Record { timestamp: record.timestamp, dot: record.dot, ..filled })
     }

@@ -19,7 +19,8 @@ use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::KeyState;
 use annulus_engine::model::{
-    Instant, Kind, NamespaceId, PartitionId, Record, RecordRef, Timestamp, Token, WallMicros,
+    Instant, Kind, NamespaceId, PartitionId, Record, RecordRef, Timestamp, Token, VersionVector,
+    WallMicros,
 };
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Applied, Found, Mutation, Outcome, Probe, Shard};
@@ -370,8 +371,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 begun = true;
                 let written = async {
                     shard.wait_visible(applied.lsn).await?;
+                    let base = shard.base(own.token);
                     let found = shard.get(own.token, own.namespace, &key).await?;
-                    found.map(|record| shard.filled(&record)).transpose()
+                    found.map(|record| shard.filled_by(&record, &base)).transpose()
                 };
                 match written.await {
                     Ok(found) => record = found,
@@ -592,9 +594,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 .note(op, |trace| trace.replied(moment.now, own, "state", as_of, found_here));
         }
         if let Probe::Pending(read) = probe {
+            let base = shard.base(token);
             self.spawn(async move {
                 let found = read.finish(&shard).await;
-                Done::OwnRead { op, as_of, is_primary, found }
+                Done::OwnRead { op, as_of, is_primary, base, found }
             });
         }
     }
@@ -604,6 +607,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         &mut self,
         op: OpId,
         (as_of, is_primary): (Timestamp, bool),
+        base: &VersionVector,
         found: Result<Found, Error>,
     ) {
         let (moment, shard) = (self.moment(), self.shard.clone());
@@ -619,7 +623,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let super::Replication { coordinator, actions, .. } = &mut **replication;
         match found {
             Ok(found) => {
-                let found = found.record().map(|record| super::replica::shown(&shard, &record));
+                let found = found.record();
+                let found = found.map(|record| super::replica::shown_by(&shard, base, &record));
                 let record = found.as_ref().map(|record| record.as_ref());
                 coordinator.full(moment, op, own, as_of, is_primary, record.as_ref(), actions);
             }

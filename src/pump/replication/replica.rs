@@ -10,7 +10,9 @@ use annulus_cluster::message::{PeerMessage, ReadResult, Reason, Want, WriteResul
 use annulus_cluster::tracking::PeerShard;
 use annulus_engine::Error;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, Kind, NamespaceId, Record, RecordRef, Timestamp, Token};
+use annulus_engine::model::{
+    Instant, Kind, NamespaceId, Record, RecordRef, Timestamp, Token, VersionVector,
+};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Applied, Found, MergedIn, Probe, Shard};
 use annulus_net::wire::codec::Reader;
@@ -254,10 +256,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 self.post(from, Lane::Foreground, &PeerMessage::ReadDone { id, result });
             }
             Probe::Pending(read) => {
-                let shard = self.shard.clone();
+                let (shard, base) = (self.shard.clone(), self.shard.base(token));
                 self.spawn(async move {
                     let found = read.finish(&shard).await;
-                    Done::ReplicaRead { from, id, want, as_of, is_primary, found }
+                    Done::ReplicaRead { from, id, want, as_of, is_primary, base, found }
                 });
             }
         }
@@ -270,11 +272,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         id: u64,
         want: Want,
         (as_of, is_primary): (Timestamp, bool),
+        base: &VersionVector,
         found: Result<Found, Error>,
     ) {
         let shard = self.shard.clone();
         let record = match &found {
-            Ok(found) => found.record().map(|record| shown(&shard, &record)),
+            Ok(found) => found.record().map(|record| shown_by(&shard, base, &record)),
             Err(_) => None,
         };
         let record = record.as_ref().map(Shown::as_ref);
@@ -340,6 +343,7 @@ impl Shown<'_> {
     }
 }
 
+/// A record that is read in this moment.
 pub(super) fn shown<'a, D: Disk, R: Runtime>(
     shard: &Shard<D, R>,
     record: &RecordRef<'a>,
@@ -347,9 +351,21 @@ pub(super) fn shown<'a, D: Disk, R: Runtime>(
     if record.kind != Kind::Siblings {
         return Shown::Plain(*record);
     }
+    shown_by(shard, &shard.base(record.token), record)
+}
+
+/// A record that was read after `base` was taken.
+pub(super) fn shown_by<'a, D: Disk, R: Runtime>(
+    shard: &Shard<D, R>,
+    base: &VersionVector,
+    record: &RecordRef<'a>,
+) -> Shown<'a> {
+    if record.kind != Kind::Siblings {
+        return Shown::Plain(*record);
+    }
     // One that cannot be decoded goes as it is, and is refused by whoever gets it.
     let owned = record.to_owned();
-    Shown::Filled(shard.filled(&owned).unwrap_or(owned))
+    Shown::Filled(shard.filled_by(&owned, base).unwrap_or(owned))
 }
 
 fn read_result<'a>(

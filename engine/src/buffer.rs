@@ -10,6 +10,7 @@
 use std::alloc::{self, Layout};
 use std::cell::RefCell;
 use std::fmt;
+use std::num::NonZero;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -171,7 +172,8 @@ impl Drop for Pool {
 
 fn allocate(capacity: usize) -> NonNull<u8> {
     if capacity == 0 {
-        return NonNull::<u8>::dangling();
+        // Aligned too, so that an empty buffer is no exception to what the type promises.
+        return NonNull::without_provenance(NonZero::new(BUFFER_ALIGNMENT).expect("not zero"));
     }
     // At a thread's end the pool may be gone: then as if it were empty.
     let pooled = POOL.try_with(|pool| pool.borrow_mut().take(capacity)).ok().flatten();
@@ -242,6 +244,17 @@ mod tests {
                 prop_assert_eq!(buf.as_ptr() as usize % BUFFER_ALIGNMENT, 0);
             }
         }
+    }
+
+    /// Found by the property above in one run of twelve: it draws an empty first part that seldom,
+    /// and the start of a buffer without memory was the address 1.
+    #[test]
+    fn a_buffer_without_memory_is_aligned_too() {
+        let mut buf = AlignedBuf::with_capacity(0);
+        assert_eq!(buf.as_ptr() as usize % BUFFER_ALIGNMENT, 0);
+        buf.extend_from_slice(&[]);
+        buf.pad_to(512);
+        assert_eq!((buf.len(), buf.as_ptr() as usize % BUFFER_ALIGNMENT), (0, 0));
     }
 
     #[test]

@@ -260,12 +260,13 @@ fn versions(
         if replica.incarnation > FIRST_INCARNATION {
             // What the earlier ones had issued is not known: above the ceiling, whatever happened.
             versions.begin(partition, replica.incarnation);
-        } else if is_clean {
+        } else if is_clean && options.replicated {
             versions.go_on_from(partition, replica.seen.last(own));
         }
     }
-    if !options.replicated && !is_clean {
-        // Nobody else has what was lost.
+    if !options.replicated {
+        // Nobody else has what was lost. After a clean close too: the log does not say which of the
+        // lives before it began so, and contexts that were given out then go up to its ceiling.
         memory.replicas_mut().void(own, sequence, floor);
     }
     versions

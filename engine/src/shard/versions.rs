@@ -3,7 +3,8 @@
 //!
 //! Invariant: no stamp or sequence above the reserved ceiling is used before the log holds a
 //! record that says so. After a restart both begin above the ceiling, whatever was lost; only where
-//! the log was closed in good order nothing can have been, and sequences go on without a gap.
+//! the log was closed in good order nothing can have been, and sequences of a replica go on without
+//! a gap.
 
 use std::collections::VecDeque;
 

@@ -3,6 +3,7 @@
 //! ```text
 //! swarm                     new seeds for ever, from the time of day
 //! swarm --seeds 200         the first 200 seeds
+//! swarm --seeds 200 --first 5000    200 seeds from that one on
 //! swarm --seed 1234         one seed again
 //! swarm --seconds 600       new seeds for ten minutes
 //! swarm --story log         only stories of this kind: log, model, crash,
@@ -131,13 +132,15 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Plan, String> {
         until: None,
         kinds: (0..KINDS.len()).collect(),
     };
+    let mut first = None;
     let mut arguments = arguments;
     while let Some(flag) = arguments.next() {
         let value = arguments.next().ok_or(format!("{flag} needs a value"))?;
         let number = || value.parse::<u64>().map_err(|error| format!("{flag} {value}: {error}"));
         match flag.as_str() {
-            "--seeds" => (plan.first, plan.count) = (0, Some(number()?)),
-            "--seed" => (plan.first, plan.count) = (number()?, Some(1)),
+            "--seeds" => plan.count = Some(number()?),
+            "--first" => first = Some(number()?),
+            "--seed" => (first, plan.count) = (Some(number()?), Some(1)),
             "--seconds" => plan.until = Some(now + Duration::from_secs(number()?)),
             "--story" => {
                 let named = KINDS.iter().position(|(name, _)| *name == value);
@@ -146,6 +149,8 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Plan, String> {
             _ => return Err(format!("{flag} is not known; see the head of swarm.rs")),
         }
     }
+    // A counted batch is the same batch each time.
+    plan.first = first.unwrap_or(if plan.count.is_some() { 0 } else { plan.first });
     Ok(plan)
 }
 

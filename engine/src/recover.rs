@@ -63,6 +63,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         compression: Option<CompressionOf>,
     ) -> Result<Shard<D, R>> {
         let shard = prepare(disk, runtime, dir, wanted, options, compression).await?;
+        shard.reserve_at_start().await;
         shard.start_tasks();
         Ok(shard)
     }

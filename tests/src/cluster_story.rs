@@ -48,7 +48,7 @@ pub struct Told {
 
 /// Whether some stories sync within a window. Not yet: there the ceiling of sequences is used
 /// before it is durable, so that a crash makes a node give out dots twice.
-const PERIODIC: bool = false;
+const PERIODIC: bool = true;
 /// Whether clocks are wrong in clusters of one node. Not yet: what such a pump says of its
 /// freshness forgets what it said before its clock went back.
 const LONE_SKEW: bool = false;

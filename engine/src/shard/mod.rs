@@ -13,6 +13,7 @@
 //! any crash, and nothing refused ever appears.
 
 mod background;
+mod ceiling;
 mod closing;
 mod memory;
 mod notify;

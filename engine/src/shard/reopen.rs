@@ -54,6 +54,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         new.watch_nanos.set(old.watch_nanos.get());
         let elder = Rc::downgrade(&self.state);
         new.tables.hold_files(move || elder.strong_count() > 0);
+        shard.reserve_at_start().await;
         shard.start_tasks();
         Ok(shard)
     }

@@ -282,17 +282,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     pub fn clock_now(&self, wall: WallMicros) -> Timestamp {
         let state = &*self.state;
         let mut versions = state.versions.borrow_mut();
-        if state.log.durable() >= state.ceiling_at.get() {
-            versions.ceiling_is_durable();
-        }
         let now = versions.clock.tick(wall);
-        if let Some(ceiling) = versions.ceiling_to_reserve(now, 0, wall)
-            && let Ok(lsn) = state.log.append_control(ceiling)
-        {
-            state.ceiling_at.set(lsn);
-            versions.reserved(ceiling);
-        }
-        now.min(versions.durable_ceiling())
+        // What the log cannot take now is asked of it again.
+        let _ = state.reserve(&mut versions, now, 0, wall);
+        now.min(versions.durable_ceilings().0)
     }
 
     fn has_seen(&self, token: Token, dot: Dot) -> bool {

@@ -1,8 +1,10 @@
 //! What stamps a shard's writes: clock, sequences, incarnations, and the ceiling that keeps the first
 //! two from ever going backwards (`RELIABILITY.md` decision 1, `ALGORITHMS.md` 5.2).
 //!
-//! Invariant: no stamp or sequence above the reserved ceiling is used before the log holds a
-//! record that says so. After a restart both begin above the ceiling, whatever was lost; only where
+//! Invariant: no stamp above the reserved ceiling is used before the log has taken a record that says
+//! so, and no sequence before that record is durable: a write leaves for other replicas, and in
+//! `periodic` mode for the client, before it is on this disk, and a dot must never be given out
+//! twice. So sequences are reserved at the start, and again when half of them are used up. After a restart both begin above the ceiling, whatever was lost; only where
 //! the log was closed in good order nothing can have been, and sequences of a replica go on without
 //! a gap.
 
@@ -35,8 +37,10 @@ pub(crate) struct Versions {
     floor: Timestamp,
     ceiling_stamp: Timestamp,
     ceiling_sequence: u64,
-    /// The greatest ceiling of stamps that the log is known to hold durably.
-    ceiling_durable: Timestamp,
+    /// The greatest ceilings of both that the log is known to hold durably.
+    durable: (Timestamp, u64),
+    /// Those on their way there, with their records.
+    reserved: VecDeque<(Lsn, Timestamp, u64)>,
 }
 
 impl Versions {
@@ -50,7 +54,8 @@ impl Versions {
             floor: stamp,
             ceiling_stamp: stamp,
             ceiling_sequence: sequence,
-            ceiling_durable: stamp,
+            durable: (stamp, sequence),
+            reserved: VecDeque::new(),
         }
     }
 
@@ -109,7 +114,8 @@ impl Versions {
         sequence: u64,
         wall: WallMicros,
     ) -> Option<Control<'static>> {
-        if stamp <= self.ceiling_stamp && sequence <= self.ceiling_sequence {
+        let is_low = sequence + SEQUENCE_RESERVE / 2 > self.ceiling_sequence;
+        if stamp <= self.ceiling_stamp && !is_low {
             return None;
         }
         // Ahead of the wall clock, not of the stamp: each restart begins at the last ceiling, and
@@ -117,30 +123,37 @@ impl Versions {
         let ahead = wall.0 + STAMP_RESERVE_US;
         let least = stamp.wall().0 + STAMP_RESERVE_MIN_US;
         let timestamp = Timestamp::new(WallMicros(ahead.max(least)), 0).max(self.ceiling_stamp);
-        let sequence = if sequence > self.ceiling_sequence {
-            sequence + SEQUENCE_RESERVE
-        } else {
-            self.ceiling_sequence
-        };
+        let sequence = if is_low { sequence + SEQUENCE_RESERVE } else { self.ceiling_sequence };
         Some(Control::Ceiling { timestamp, sequence })
     }
 
-    /// The log holds this ceiling now.
-    pub(crate) fn reserved(&mut self, ceiling: Control<'_>) {
+    /// The log has taken this ceiling, as this record.
+    pub(crate) fn reserved(&mut self, ceiling: Control<'_>, at: Lsn) {
         if let Control::Ceiling { timestamp, sequence } = ceiling {
             self.ceiling_stamp = timestamp;
             self.ceiling_sequence = sequence;
+            self.reserved.push_back((at, timestamp, sequence));
         }
     }
 
-    /// What was reserved is durable.
-    pub(crate) fn ceiling_is_durable(&mut self) {
-        self.ceiling_durable = self.ceiling_stamp;
+    /// The log is durable up to there.
+    pub(crate) fn settle(&mut self, durable: Lsn) {
+        while let Some((at, stamp, sequence)) = self.reserved.front()
+            && *at <= durable
+        {
+            self.durable = (*stamp, *sequence);
+            self.reserved.pop_front();
+        }
     }
 
-    /// After any crash own stamps are above this.
-    pub(crate) fn durable_ceiling(&self) -> Timestamp {
-        self.ceiling_durable
+    /// After any crash own stamps and sequences are above these.
+    pub(crate) fn durable_ceilings(&self) -> (Timestamp, u64) {
+        self.durable
+    }
+
+    /// The greatest sequence that a partition has used up.
+    pub(crate) fn greatest_sequence(&self) -> u64 {
+        self.sequences.iter().copied().max().unwrap_or(0)
     }
 
     /// Goes on above another life's ceiling too.
@@ -255,10 +268,16 @@ mod tests {
             panic!("a ceiling, not {ceiling:?}");
         };
         assert!(timestamp > stamp && reserved > sequence);
-        versions.reserved(ceiling);
+        versions.reserved(ceiling, Lsn(7));
         let stamp = versions.clock.tick(WallMicros(1001));
         let sequence = versions.next_sequence(PartitionId(3));
         assert_eq!(versions.ceiling_to_reserve(stamp, sequence, WallMicros(1001)), None);
+        versions.settle(Lsn(6));
+        assert_eq!(versions.durable_ceilings(), (Timestamp::ZERO, 0));
+        versions.settle(Lsn(7));
+        assert_eq!(versions.durable_ceilings(), (timestamp, reserved));
+        let half = reserved / 2 + 2;
+        assert!(versions.ceiling_to_reserve(stamp, half, WallMicros(1001)).is_some());
 
         let mut restarted = Versions::starting_above(timestamp, reserved, 4);
         assert!(restarted.clock.tick(WallMicros(0)) > timestamp);
@@ -274,7 +293,7 @@ mod tests {
             let stamp = versions.clock.tick(wall);
             let next = versions.next_sequence(PartitionId(0));
             let ceiling = versions.ceiling_to_reserve(stamp, next, wall).expect("a new life");
-            versions.reserved(ceiling);
+            versions.reserved(ceiling, Lsn(1));
             (floor, sequence) = (versions.ceiling_stamp, versions.ceiling_sequence);
         }
         assert!(floor.wall().0 <= wall.0 + STAMP_RESERVE_US + 20 * STAMP_RESERVE_MIN_US);

@@ -319,9 +319,9 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let timestamp = versions.clock.tick(wall);
         let partition = mutation.token.partition(self.state.identity.partition_bits);
         let sequence = versions.next_sequence(partition);
-        if let Some(ceiling) = versions.ceiling_to_reserve(timestamp, sequence, wall) {
-            self.state.ceiling_at.set(self.state.log.append_control(ceiling)?);
-            versions.reserved(ceiling);
+        self.state.reserve(&mut versions, timestamp, sequence, wall)?;
+        if sequence > versions.durable_ceilings().1 {
+            return Err(Error::Busy { what: "sequences of writes are being reserved" });
         }
         Ok((timestamp, Dot { origin: self.state.identity.node, sequence }))
     }

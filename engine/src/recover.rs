@@ -241,6 +241,15 @@ fn greatest_stamp<F>(set: &TableSet<F>) -> Timestamp {
     live.chain(layout.lost.iter().map(|lost| lost.max_timestamp)).max().unwrap_or_default()
 }
 
+/// Below the first sequence of a directory. A node that has lost its directory starts again under
+/// the same id, and must not give out a dot that it gave out before, which only the others remember:
+/// so sequences begin at the microsecond in which the directory was made, and no partition is ever
+/// written once a microsecond. What lies below is a gap like that of a crash: it ends when all
+/// members have told what they have of it, and given it back.
+fn first_sequence(identity: &Identity, options: &Options) -> u64 {
+    if options.replicated { identity.created.0 } else { 0 }
+}
+
 /// Where clock, sequences and incarnations begin.
 fn versions(
     memory: &RefCell<Memory>,
@@ -253,8 +262,9 @@ fn versions(
     let own = identity.node;
     let memory = &mut *memory.borrow_mut();
     let replicas = memory.replicas();
+    let first = first_sequence(identity, options);
     let seen = replicas.partitions().map(|id| replicas.of(id).seen.last(own));
-    let sequence = seen.fold(found.sequence, u64::max);
+    let sequence = seen.fold(found.sequence.max(first), u64::max);
     let mut versions = Versions::starting_above(floor, sequence, identity.partition_bits);
     for partition in replicas.partitions() {
         let replica = replicas.of(partition);
@@ -262,7 +272,7 @@ fn versions(
             // What the earlier ones had issued is not known: above the ceiling, whatever happened.
             versions.begin(partition, replica.incarnation);
         } else if is_clean && options.replicated {
-            versions.go_on_from(partition, replica.seen.last(own));
+            versions.go_on_from(partition, replica.seen.last(own).max(first));
         }
     }
     if !options.replicated {

@@ -74,7 +74,7 @@ pub(super) async fn claim(
         check_member(found, key, members, dir)?;
     }
     let secret = secret(dir, existing.is_some(), key.as_ref())?;
-    let life = next_life(dir)?;
+    let life = next_life(dir, runtime.wall())?;
     let facts = match existing {
         Some(found) => NodeFacts {
             cluster: found.cluster,
@@ -266,8 +266,10 @@ fn check_member(
     Ok(())
 }
 
-/// Counts this start. Durable when it returns, so that no two lives have one number.
-fn next_life(dir: &Path) -> Result<u64, String> {
+/// Counts this start. Durable when it returns, so that no two lives have one number. The count of a
+/// new directory begins at the second in which it is made: a node that has lost its directory is
+/// in a later life than any that its peers remember.
+fn next_life(dir: &Path, wall: WallMicros) -> Result<u64, String> {
     use std::io::Write as _;
     let path = dir.join(LIFE_NAME);
     let fail = |error: std::io::Error| format!("{}: {error}", path.display());
@@ -275,7 +277,7 @@ fn next_life(dir: &Path) -> Result<u64, String> {
         Ok(text) => text.trim().parse::<u64>().map_err(|_| {
             format!("{}: not a number; write a greater one than it ever was", path.display())
         })?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => wall.0 / 1_000_000,
         Err(error) => return Err(fail(error)),
     };
     let life = life.saturating_add(1);

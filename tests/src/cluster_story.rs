@@ -46,13 +46,6 @@ pub struct Told {
     pub turns: u64,
 }
 
-/// Whether some stories sync within a window. Not yet: there the ceiling of sequences is used
-/// before it is durable, so that a crash makes a node give out dots twice.
-const PERIODIC: bool = true;
-/// Whether clocks are wrong in clusters of one node. Not yet: what such a pump says of its
-/// freshness forgets what it said before its clock went back.
-const LONE_SKEW: bool = false;
-
 impl ClusterStory {
     /// A small story of everything, as the swarm tells it.
     #[must_use]
@@ -87,7 +80,7 @@ impl ClusterStory {
             contexts_of_writes: false,
             deadline_ms: [(50, 500), (500, 3_000)][chance.index(2)],
         };
-        let periodic = PERIODIC && chance.one_in(4);
+        let periodic = chance.one_in(4);
         let durability = match periodic {
             true => Durability::Periodic { window_ms: [100, 1_000][chance.index(2)] },
             false => Durability::Sync,
@@ -107,11 +100,7 @@ impl ClusterStory {
         };
         let severity = Severity {
             troubles: [0, 2, 5, 10][chance.index(4)],
-            skew_us: if nodes > 1 || LONE_SKEW {
-                [0, 0, 100_000, 200_000, 3_000_000][chance.index(5)]
-            } else {
-                0
-            },
+            skew_us: [0, 0, 100_000, 200_000, 3_000_000][chance.index(5)],
             disks_fail: chance.one_in(3),
         };
         // Long enough for some hundred calls, however slow the clients are.

@@ -29,6 +29,8 @@ pub enum Trouble {
     },
     /// The node's process is killed.
     Kill(u32),
+    /// The node's disks are gone for ever; it comes back with empty ones.
+    LoseDisks(u32),
     /// Every node's power is cut in the same instant.
     CrashAll,
     /// The node is stopped cleanly.
@@ -105,7 +107,7 @@ pub fn draw(
         let node = pick(chance, nodes);
         let shard = pick(chance, shards);
         let other = (node + 1 + pick(chance, nodes.max(2) - 1)) % nodes;
-        let (begin, finish) = match chance.below(if nodes > 1 { 17 } else { 11 }) {
+        let (begin, finish) = match chance.below(if nodes > 1 { 18 } else { 11 }) {
             0 | 1 => (Trouble::Crash(node), Trouble::Start(node)),
             2 => {
                 let operations = chance.between(1, 400);
@@ -130,7 +132,8 @@ pub fn draw(
                 (Trouble::Flap(node, other, period), Trouble::HealNetwork)
             }
             13 => (Trouble::SlowWay(node, other, chance.between(1, 8_000)), Trouble::HealNetwork),
-            14 => {
+            14 => (Trouble::LoseDisks(node), Trouble::Start(node)),
+            15 => {
                 (Trouble::Weather(Weather::draw(chance)), Trouble::Weather(Weather::draw(chance)))
             }
             _ => {
@@ -177,6 +180,7 @@ impl Trouble {
                 cluster.note_disturbance(*node);
             }
             Trouble::Kill(node) => cluster.kill(*node),
+            Trouble::LoseDisks(node) => cluster.lose_disks(*node),
             Trouble::CrashAll => (0..cluster.node_count()).for_each(|node| cluster.crash(node)),
             Trouble::Stop(node) => cluster.stop(*node),
             Trouble::Start(node) => cluster.start(*node),

@@ -57,7 +57,8 @@ impl World {
             shard_count: 1,
             hash_seed: 3,
             partition_bits: self.options.partition_bits,
-            created: WallMicros(1),
+            // So early that sequences of replicas begin at 1.
+            created: WallMicros(0),
         }
     }
 

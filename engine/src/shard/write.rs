@@ -222,13 +222,14 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         own.then(|| self.state.versions.borrow().last_sequence(partition))
     }
 
-    /// Every write stamped by this shard at or below this stamp that will ever be is visible now.
+    /// Every write stamped by this shard at or below this stamp that will ever be is visible now:
+    /// later ones are stamped above it, whatever the wall clock does meanwhile.
     #[must_use]
     pub fn complete_up_to(&self, wall: WallMicros) -> Timestamp {
         let visible = self.state.log.visible();
         match self.state.unsettled.borrow_mut().oldest(visible) {
             Some(oldest) => Timestamp(oldest.0 - 1),
-            None => Timestamp(Timestamp::new(wall, 0).0.saturating_sub(1)),
+            None => self.state.versions.borrow_mut().clock.tick(wall),
         }
     }
 

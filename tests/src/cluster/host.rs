@@ -97,6 +97,8 @@ pub(super) struct Host {
     links: BTreeSet<NodeId>,
     /// Which life of its node this is.
     pub(super) life: u64,
+    /// When its disk was new.
+    created: WallMicros,
     /// A turn may have something to do.
     pub(super) dirty: bool,
     /// When the pump wants to be called though nothing arrives.
@@ -126,14 +128,17 @@ impl AdminDesk for NoDesk {
 }
 
 impl Host {
-    /// A shard on a new disk, down.
+    /// A shard on a new disk, down; its node has had so many lives.
     pub(super) fn new(
         place: Place,
         group: u32,
         executor: &SimExecutor,
         disk: SimDiskOptions,
+        life: u64,
     ) -> Host {
         let runtime = executor.runtime_of(group);
+        // True time, whatever the node's own clock says.
+        let created = WallMicros(1 + runtime.now().0 / 1000);
         let disk = SimDisk::new(&runtime, disk);
         executor.run(async {
             disk.create_dir(Path::new("data")).await.expect("a new disk");
@@ -150,7 +155,8 @@ impl Host {
             parcels: VecDeque::new(),
             wires: SimWires::default(),
             links: BTreeSet::new(),
-            life: 0,
+            life,
+            created,
             dirty: false,
             timeout: None,
         }
@@ -192,7 +198,8 @@ impl Host {
         self.life += 1;
         let slot = Slot::default();
         let (disk, runtime) = (self.disk.clone(), self.runtime.clone());
-        let (identity, options) = (identity(self.place, common), common.options);
+        let identity = Identity { created: self.created, ..identity(self.place, common) };
+        let options = common.options;
         let told = Rc::clone(&slot);
         self.runtime.spawn(Class::Foreground, async move {
             let dir = Path::new("data").join(format!("shard-{:03}", identity.shard));

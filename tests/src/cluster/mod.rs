@@ -144,7 +144,7 @@ impl SimCluster {
         let mut host = |node, shard, chance: &mut Chance| {
             let seed = chance.next_u64();
             let disk = disk_options(seed, options.disk_nanos_max);
-            let host = Host::new(Place { node, shard }, group, &executor, disk);
+            let host = Host::new(Place { node, shard }, group, &executor, disk, 0);
             group += 1;
             host
         };
@@ -347,9 +347,9 @@ impl SimCluster {
         let at = self.now().0;
         let seed = self.chance.next_u64();
         for host in &mut self.nodes[node as usize].hosts {
-            let (place, group) = (host.place, host.group);
+            let Host { place, group, life, .. } = *host;
             let disk = disk_options(seed ^ u64::from(group), self.disk_nanos_max);
-            *host = Host::new(place, group, &self.executor, disk);
+            *host = Host::new(place, group, &self.executor, disk, life);
         }
         self.book.mark(Mark::DiskLost { node, at });
     }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::model::PartitionId;
+use crate::options::Durability;
 use crate::sim::{Fault, Op, Rule};
 
 /// What a reader may find of a key: what was acknowledged last, or what came after it and was
@@ -95,6 +97,44 @@ fn a_poisoned_shard_reads_on_and_writes_again_once_it_was_reopened() {
     expected.check(&world, &second);
     let third = world.crash(5);
     expected.check(&world, &third);
+}
+
+/// Found by seed 5611 of the cluster stories: a full disk cost a node of its own, in `periodic` mode
+/// and without a crash, writes that it had acknowledged and shown.
+#[test]
+fn what_was_acknowledged_in_periodic_mode_survives_a_failure_of_the_log() {
+    let mut world = World::new();
+    world.options.log.durability = Durability::Periodic { window_ms: 1_000 };
+    for op in [Op::Write, Op::Sync] {
+        let mut expected = Expected::default();
+        let shard = world.open();
+        for i in 0..300 {
+            assert!(put(&world, &shard, &mut expected, &format!("key{i}"), &value_of(i)));
+        }
+        let runtime = world.executor.runtime();
+        let all = shard.state.log.appended();
+        world.run(shard.state.log.wait_durable(all)).expect("durable");
+        world.disk.inject(Rule::nth(op, 1, Fault::Eio).on(".log"));
+        for i in 200..400 {
+            put(&world, &shard, &mut expected, &format!("key{i}"), &value_of(i + 1));
+        }
+        world.run(runtime.sleep_until(runtime.now().after_nanos(3_000_000_000)));
+        assert!(shard.is_poisoned());
+        let seen: Vec<_> = (0..64).map(|partition| shard.seen(PartitionId(partition))).collect();
+        let second = reopen(&world, shard);
+        expected.check(&world, &second);
+        for (partition, seen) in (0..64).map(PartitionId).zip(seen) {
+            assert!(second.seen(partition).covers(&seen), "{partition:?}");
+        }
+        let all = second.state.log.appended();
+        world.run(second.state.log.wait_durable(all)).expect("durable");
+        drop(second);
+        let third = world.crash(8);
+        expected.check(&world, &third);
+        drop(third);
+        world = World::new();
+        world.options.log.durability = Durability::Periodic { window_ms: 1_000 };
+    }
 }
 
 #[test]

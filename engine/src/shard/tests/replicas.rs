@@ -148,6 +148,51 @@ fn put_sibling(world: &World, shard: &TestShard, value: &'static [u8], context: 
     world.run(shard.wait_visible(applied.lsn)).expect("durable");
 }
 
+/// A node whose directory is gone comes back under its old id. What it wrote before is known to the
+/// others alone, so it may not write under those dots again, and has a gap where they lie.
+#[test]
+fn a_directory_that_is_made_anew_gives_out_no_dot_of_the_lost_one() {
+    let mut dots = BTreeSet::new();
+    for made_at_us in [5_000_000u64, 9_000_000] {
+        let world = replicated();
+        let identity = Identity { created: WallMicros(made_at_us), ..world.identity() };
+        let runtime = world.executor.runtime();
+        let opening = Shard::open(
+            world.disk.clone(),
+            runtime,
+            Path::new(DIR),
+            &identity,
+            world.options,
+            None,
+        );
+        let shard = world.run(opening).expect("opens");
+        assert!(shard.has_gap(partition_of("k")));
+        let wall = world.executor.runtime().wall();
+        for _ in 0..100 {
+            let applied = shard.apply(&mutation("k", Some(b"v"), 0), wall).expect("taken");
+            assert!(dots.insert(applied.dot), "{:?} twice", applied.dot);
+        }
+        // After a clean stop, partitions that nobody wrote to begin there as well.
+        world.run(shard.close()).expect("closes");
+        drop(shard);
+        let runtime = world.executor.runtime();
+        let opening = Shard::open(
+            world.disk.clone(),
+            runtime,
+            Path::new(DIR),
+            &identity,
+            world.options,
+            None,
+        );
+        let shard = world.run(opening).expect("opens");
+        let other = (0..).map(|i| format!("other{i}"));
+        let other = other.into_iter().find(|key| partition_of(key) != partition_of("k"));
+        let other = other.expect("there are many");
+        let applied = shard.apply(&mutation(&other, Some(b"v"), 0), wall).expect("taken");
+        assert!(applied.dot.sequence > made_at_us, "{:?}", applied.dot);
+    }
+}
+
 /// Found by seed 17261 of the cluster stories: a write leaves for other replicas before it is on
 /// this disk. The first write of a life was numbered above a ceiling that was not durable yet; after
 /// a crash at that moment its dot was given out again, for another value, which replicas that had

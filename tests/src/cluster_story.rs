@@ -178,6 +178,10 @@ impl ClusterStory {
         let mut differences = Vec::new();
         for millis in [2_000, 4_000, 8_000, 16_000, 30_000] {
             cluster.drive(millis * MS);
+            if let Some(node) = (0..cluster.node_count()).find(|node| !cluster.is_up(*node)) {
+                let what = format!("node {node} ended although nothing was wrong with it");
+                return Err(self.report(cluster, &what, &cluster.violations()));
+            }
             differences = cluster.differences();
             if differences.is_empty() {
                 break;

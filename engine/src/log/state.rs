@@ -183,8 +183,8 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         }
     }
 
-    /// Queues the close record as a batch of its own, once.
-    pub(super) fn append_close(&self) {
+    /// Queues the log's last record as a batch of its own, once.
+    pub(super) fn append_close(&self, last: Control<'_>) {
         let mut state = self.state.borrow_mut();
         if state.closing || state.poison.is_some() {
             return;
@@ -196,7 +196,7 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         }
         let lsn = Lsn(self.appended.get() + 1);
         let mut batch = self.take_open(&mut state);
-        encode_control(&mut batch.buf, self.record_salt, lsn, Control::Close);
+        encode_control(&mut batch.buf, self.record_salt, lsn, last);
         batch.count = 1;
         batch.close = true;
         state.open.first = lsn.0 + 1;

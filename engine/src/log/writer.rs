@@ -296,7 +296,16 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
     /// # Errors
     /// `Poisoned` when a write or sync failed, before or now.
     pub async fn close(&self) -> Result<()> {
-        self.shared.append_close();
+        self.close_with(Control::Close).await
+    }
+
+    /// Ends the log as durably as [`CommitLog::close`], with another last record: the next start
+    /// finds all that was written, and does not find that it ended in good order.
+    ///
+    /// # Errors
+    /// As [`CommitLog::close`].
+    pub async fn close_with(&self, last: Control<'_>) -> Result<()> {
+        self.shared.append_close(last);
         self.shared.nudge_all();
         Wait::new(&self.shared, Lsn(1), Shared::ended).until_ended().await;
         match self.poisoned() {

@@ -309,14 +309,22 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     /// Records in memory stay in the log: the next open replays them.
     ///
     /// # Errors
-    /// `Poisoned` or `Io` if the log could not be closed; nothing acknowledged is lost.
+    /// `Poisoned` or `Io` if the log could not be closed; nothing that was synced is lost.
     pub async fn close(&self) -> Result<()> {
         let stage = |stage| self.state.closing.set(stage);
         stage(ClosingStage::Tasks);
         self.stop_tasks().await;
         // First what the next start needs; the list of hot blocks only makes it quicker.
         stage(ClosingStage::Log);
-        let closed = self.state.log.close().await;
+        // What an earlier life may have lost is not found by a clean end of this one: its numbers
+        // must not be given out in the next.
+        let closed = match self.lost_after() {
+            None => self.state.log.close().await,
+            Some(_) => {
+                let ceiling = self.state.versions.borrow().ceiling();
+                self.state.log.close_with(ceiling).await
+            }
+        };
         if closed.is_ok()
             // From now on a missing end of the log is noticed.
             && let Err(error) = self.state.tables.note_logged(self.state.log.durable()).await

@@ -106,5 +106,26 @@ pub(super) fn must_see(
         return Some(Reason::Overlap);
     }
     let converged = history.converged_before(read.invoked)?;
-    (acked <= converged && survives(history, write, read.returned)).then_some(Reason::Converged)
+    let is_held = reads_a_holder(history, reading, converged, read.returned);
+    (acked <= converged && is_held && survives(history, write, read.returned))
+        .then_some(Reason::Converged)
+}
+
+/// Whether one of the home replicas that were read still had its disk of the moment when all were
+/// equal: one that lost it since may have got nothing back yet.
+pub(super) fn reads_a_holder(
+    history: &History,
+    reading: &Reading,
+    converged: u64,
+    until: u64,
+) -> bool {
+    let lost: BTreeSet<u32> = history
+        .marks
+        .iter()
+        .filter_map(|mark| match mark {
+            Mark::DiskLost { node, at } if (converged..=until).contains(at) => Some(*node),
+            _ => None,
+        })
+        .collect();
+    lost.is_empty() || reading.primaries > count(&lost)
 }

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use super::Violation;
-use super::duty::survives;
+use super::duty::{reads_a_holder, survives};
 use super::ledger::{Ledger, Write};
 use crate::history::{Call, EventId, History, ValueId};
 
@@ -36,7 +36,8 @@ pub fn check(history: &History) -> Vec<Violation> {
         let Some(seen) = reading.winner() else {
             let quiet = |write: &Write| !(converged..event.returned).contains(&write.invoked);
             let is_newer = gone.get(&event.key).is_none_or(|(_, since, _)| *since < converged);
-            if is_newer && writes.iter().all(quiet) {
+            let is_told = reads_a_holder(history, reading, converged, event.returned);
+            if is_newer && is_told && writes.iter().all(quiet) {
                 gone.insert(event.key, (event.returned, converged, id));
             }
             continue;

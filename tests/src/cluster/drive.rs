@@ -14,6 +14,7 @@ use super::host::{Change, node_id};
 use super::wires::{Delivery, Output};
 use super::{Route, SimCluster};
 use crate::checker::Violation;
+use crate::history::Mark;
 use crate::network::{Parcel, Place};
 
 /// Steps without any progress of time after which the cluster is said to spin.
@@ -109,8 +110,13 @@ impl SimCluster {
                 self.note(format!("{place:?} serves"));
                 self.note_disturbance(place.node);
             }
-            Some(Change::Stopped) => {
+            Some(Change::Stopped(in_good_order)) => {
                 self.note(format!("{place:?} has stopped"));
+                if !in_good_order {
+                    // What a failing disk had not taken ends with the process, as in a crash.
+                    let (node, at) = (place.node, self.now().0);
+                    self.book.mark(Mark::Crashed { node, at });
+                }
                 let host = &mut self.nodes[place.node as usize].hosts[place.shard as usize];
                 let keys = host.end(&self.executor);
                 self.hang_up(&keys);

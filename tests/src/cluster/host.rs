@@ -60,7 +60,8 @@ pub(super) enum Change {
     Opened,
     /// With the error.
     NotOpened(String),
-    Stopped,
+    /// Whether its log was closed in good order.
+    Stopped(bool),
 }
 
 /// What all hosts of a cluster share.
@@ -140,10 +141,6 @@ impl Host {
         // True time, whatever the node's own clock says.
         let created = WallMicros(1 + runtime.now().0 / 1000);
         let disk = SimDisk::new(&runtime, disk);
-        executor.run(async {
-            disk.create_dir(Path::new("data")).await.expect("a new disk");
-            disk.sync_dir(Path::new("")).await.expect("a new disk");
-        });
         Host {
             place,
             group,
@@ -202,8 +199,7 @@ impl Host {
         let options = common.options;
         let told = Rc::clone(&slot);
         self.runtime.spawn(Class::Foreground, async move {
-            let dir = Path::new("data").join(format!("shard-{:03}", identity.shard));
-            let opened = Shard::open(disk, runtime, &dir, &identity, options, None).await;
+            let opened = open(disk, runtime, &identity, options).await;
             *told.borrow_mut() = Some(opened);
         });
         self.stage = Stage::Opening(slot);
@@ -254,9 +250,8 @@ impl Host {
                 }
             }
             Stage::Closing(slot) => {
-                // An error of closing costs nothing acknowledged; the next start shows it.
-                let _ = slot.borrow_mut().take()?;
-                Some(Change::Stopped)
+                let closed = slot.borrow_mut().take()?;
+                Some(Change::Stopped(closed.is_ok()))
             }
             Stage::Down | Stage::Up(_) | Stage::Draining(..) => None,
         }
@@ -390,6 +385,19 @@ impl Host {
             }),
         }
     }
+}
+
+/// Opens a shard, on a new disk too.
+async fn open(
+    disk: SimDisk,
+    runtime: SimRuntime,
+    identity: &Identity,
+    options: Options,
+) -> Result<SimShard> {
+    disk.create_dir(Path::new("data")).await?;
+    disk.sync_dir(Path::new("")).await?;
+    let dir = Path::new("data").join(format!("shard-{:03}", identity.shard));
+    Shard::open(disk, runtime, &dir, identity, options, None).await
 }
 
 /// A node's number among the members: from 1.

@@ -93,6 +93,8 @@ struct Node {
     disk_trouble: Option<Instant>,
     /// When it last changed: start, end, pause, going on, trouble of its disk.
     disturbed: Instant,
+    /// When it was last paused or resumed.
+    paused_at: Instant,
 }
 
 /// Where a connection leads.
@@ -157,6 +159,7 @@ impl SimCluster {
                 ailing: false,
                 disk_trouble: None,
                 disturbed: Instant(0),
+                paused_at: Instant(0),
             })
             .collect();
         let now = executor.runtime().now();
@@ -387,10 +390,10 @@ impl SimCluster {
         let node = &mut self.nodes[number as usize];
         if node.paused != paused && !(paused && node.hosts.iter().all(Host::is_down)) {
             if !paused {
-                let (from, until) = (node.disturbed.0, now.0);
+                let (from, until) = (node.paused_at.0, now.0);
                 self.book.mark(Mark::Stood { node: number, from, until });
             }
-            (node.paused, node.disturbed) = (paused, now);
+            (node.paused, node.paused_at, node.disturbed) = (paused, now, now);
             for host in &node.hosts {
                 self.executor.set_paused(host.group, paused);
             }
@@ -449,6 +452,7 @@ impl SimCluster {
     /// A shard's disk fails no more.
     pub fn heal_disk(&mut self, node: u32, shard: u32) {
         self.disk(node, shard).clear_faults();
+        self.disk(node, shard).cut_power_at(u64::MAX);
         self.note_disturbance(node);
         self.end_of_disk_trouble(node);
     }

@@ -197,7 +197,8 @@ fn a_directory_that_is_made_anew_gives_out_no_dot_of_the_lost_one() {
 /// this disk. The first write of a life was numbered above a ceiling that was not durable yet; after
 /// a crash at that moment its dot was given out again, for another value, which replicas that had
 /// seen the first took for replaced: an acknowledged sibling was lost. In `periodic` mode the moment
-/// was a whole window.
+/// was a whole window. And a clean stop of the next life, before the others had told what they had
+/// of the lost writes, made the one after it go on as if nothing had been lost (seed 3994).
 #[test]
 fn a_dot_is_given_out_once_although_the_disk_forgets_the_write() {
     for periodic in [false, true] {
@@ -214,6 +215,11 @@ fn a_dot_is_given_out_once_although_the_disk_forgets_the_write() {
                 assert!(given.insert(applied.dot), "{:?} twice, in life {life}", applied.dot);
             }
             shard = world.crash(life);
+            if life % 2 == 0 {
+                world.run(shard.close()).expect("closes");
+                drop(shard);
+                shard = world.open();
+            }
         }
         assert_eq!(given.len(), 60);
     }

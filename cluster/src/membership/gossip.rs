@@ -85,6 +85,13 @@ impl Membership {
         }
     }
 
+    /// The member can be reached again, or for the first time: exchanges with it at once.
+    pub fn greet(&mut self, node: NodeId, out: &mut Vec<Output>) {
+        if let Some(at) = self.find(node).filter(|at| *at != self.own) {
+            self.exchange(at, false, out);
+        }
+    }
+
     /// Believes what it should of what came.
     fn take(&mut self, now: Instant, gossip: &Gossip, out: &mut Vec<Output>) {
         for report in &gossip.reports {

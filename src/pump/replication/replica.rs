@@ -6,9 +6,7 @@
 //! is damaged is answered as unknown, never as absent.
 
 use annulus_cluster::coordinator::read::digest;
-use annulus_cluster::message::{
-    Gossip, PeerMessage, ReadResult, Reason, Want, WriteResult, check_record,
-};
+use annulus_cluster::message::{PeerMessage, ReadResult, Reason, Want, WriteResult, check_record};
 use annulus_cluster::tracking::PeerShard;
 use annulus_engine::Error;
 use annulus_engine::disk::Disk;
@@ -58,17 +56,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             PeerMessage::ForwardDone { id, status, body } => {
                 self.forward_done(id, status, body, wires);
             }
-            PeerMessage::Probe { id, sent_wall_us, .. } => {
-                let wall = self.wall.0;
-                let done = PeerMessage::ProbeDone {
-                    id,
-                    sent_wall_us,
-                    received_wall_us: wall,
-                    replied_wall_us: wall,
-                    gossip: Gossip::default(),
-                };
-                self.post(from, Lane::Foreground, &done);
-            }
+            PeerMessage::Probe { .. }
+            | PeerMessage::ProbeDone { .. }
+            | PeerMessage::ProbeFor { .. }
+            | PeerMessage::ProbeForDone { .. }
+            | PeerMessage::Gossip { .. } => self.hear_gossip(from, &message),
             background => self.exchange(from, &background, bytes),
         }
     }

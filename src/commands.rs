@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 
+use annulus_cluster::membership::MemberView;
 use annulus_engine::model::{PartitionId, Token};
 use annulus_net::wire::Status;
 use serde::de::DeserializeOwned;
@@ -285,6 +286,13 @@ pub struct NodeRow {
     pub hints_owed: Option<u64>,
     /// How far its data may lag behind, in milliseconds: of the partition that lags most.
     pub as_of_lag_ms: Option<u64>,
+    /// What the node that was asked believes of it, as gossip has it: `alive`, `suspect`,
+    /// `unreachable`, `down`. Null outside a cluster.
+    pub gossip: Option<String>,
+    /// Counts its starts (high half) and its contradictions since (low half).
+    pub incarnation: Option<u64>,
+    /// Its heartbeat counter, as it was last heard of.
+    pub heartbeat: Option<u64>,
 }
 
 /// The reply of `status`.
@@ -346,6 +354,9 @@ impl StatusReply {
             p99_us: Some(p99 as f64 / 1000.0),
             hints_owed: sum,
             as_of_lag_ms: lag,
+            gossip: None,
+            incarnation: None,
+            heartbeat: None,
         };
         StatusReply { cluster: node.cluster.clone(), nodes: vec![row] }
     }
@@ -368,6 +379,8 @@ pub struct MemberFacts {
     pub weight: u32,
     /// Partitions of which it has a copy.
     pub partitions: u32,
+    /// What gossip says of it.
+    pub gossip: Option<MemberView>,
 }
 
 /// What a member says of itself when another is asked for the status.
@@ -385,6 +398,12 @@ impl StatusReply {
     pub fn with_members(mut self, members: &[MemberFacts], told: &[MemberStatus]) -> StatusReply {
         let mut known = std::mem::take(&mut self.nodes);
         known.extend(told.iter().map(|status| status.row.clone()));
+        let with_gossip = |member: &MemberFacts, row: NodeRow| NodeRow {
+            gossip: member.gossip.map(|view| view.status.name().to_owned()),
+            incarnation: member.gossip.map(|view| view.incarnation),
+            heartbeat: member.gossip.map(|view| view.heartbeat),
+            ..row
+        };
         let row = |member: &MemberFacts| match known.iter().find(|row| row.id == member.id) {
             Some(row) => NodeRow { partitions: member.partitions, ..row.clone() },
             None => {
@@ -403,10 +422,13 @@ impl StatusReply {
                     p99_us: None,
                     hints_owed: None,
                     as_of_lag_ms: None,
+                    gossip: None,
+                    incarnation: None,
+                    heartbeat: None,
                 }
             }
         };
-        self.nodes = members.iter().map(row).collect();
+        self.nodes = members.iter().map(|member| with_gossip(member, row(member))).collect();
         self
     }
 }

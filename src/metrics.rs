@@ -10,6 +10,7 @@ mod latency;
 
 use std::fmt::Write as _;
 
+use annulus_cluster::membership::MemberView;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -158,6 +159,18 @@ numbers! {
     peer_links_broken;
     /// Connections between nodes that were refused or ended for a reason of the protocol's.
     peer_refusals;
+    /// Probes of other members.
+    gossip_probes;
+    /// Probes that neither the member nor another answered for.
+    gossip_probes_failed;
+    /// Accusations of members made by this node.
+    gossip_accusations;
+    /// Accusations not made, because this node itself hears too little.
+    gossip_withheld;
+    /// Accusations of this node that it contradicted.
+    gossip_contradictions;
+    /// Times a member became down.
+    gossip_downs;
 }
 
 numbers! {
@@ -233,6 +246,18 @@ numbers! {
     peer_connections;
     /// Of these, those whose handshake is not done.
     peer_connections_half_open;
+    /// Local health, as gossip has it: 0 is good, 7 the worst.
+    gossip_local_health;
+    /// Rumours that wait for a message.
+    gossip_rumours;
+    /// Members with nothing against them, this one among them.
+    members_alive;
+    /// Members that somebody could not reach.
+    members_suspect;
+    /// Members that this node cannot reach, without a second to say so.
+    members_unreachable;
+    /// Members that are down.
+    members_down;
 }
 
 /// A shard's numbers and latencies, added to in place by its thread.
@@ -261,6 +286,8 @@ pub struct ShardSnapshot {
     pub tombstones_waiting_for: Vec<(u32, u64)>,
     /// Connections between nodes that were refused or ended, by reason; empty without peers.
     pub peer_refusals: Vec<(&'static str, u64)>,
+    /// What the shard was told of the members of its cluster; empty without one.
+    pub members: Vec<MemberView>,
 }
 
 /// What a shard owes others, and others it; none is not known.
@@ -439,6 +466,7 @@ impl NodeSnapshot {
         }
         self.peer_refusals_to_prometheus(&mut text);
         self.waiting_for_to_prometheus(&mut text);
+        self.members_to_prometheus(&mut text);
         self.latencies_to_prometheus(&mut text);
         let node: [(&str, &str, &str, String); 8] = [
             (
@@ -507,6 +535,21 @@ impl NodeSnapshot {
                 writeln!(text, "annulus_{name}{{shard=\"{number}\",reason=\"{reason}\"}} {count}")
                     .expect("a string takes all");
             }
+        }
+    }
+
+    fn members_to_prometheus(&self, text: &mut String) {
+        // All shards are told the same.
+        let members = self.shards.first().map_or(&[][..], |shard| &shard.members);
+        let name = "member_status";
+        if !members.is_empty() {
+            let help = "0 alive, 1 suspect, 2 unreachable, 3 down, as gossip has it.";
+            heading(text, name, help, "gauge");
+        }
+        for member in members {
+            let (node, status) = (member.node, member.status as u8);
+            writeln!(text, "annulus_{name}{{member=\"{node}\"}} {status}")
+                .expect("a string takes all");
         }
     }
 

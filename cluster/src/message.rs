@@ -14,10 +14,15 @@ use annulus_engine::model::token::PARTITION_BITS_MAX;
 use annulus_engine::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Token};
 use annulus_net::wire::codec::{Malformed, Reader, Write, size_u32};
 
+use crate::member::NodeId;
+
 mod check;
+mod gossip;
 mod record;
 
 pub use check::{Reason, check_record};
+pub(crate) use gossip::REPORT_SIZE;
+pub use gossip::{Claim, GOSSIP_MESSAGE_SIZE_MAX, Gossip, Report, Said, Vitals};
 pub use record::{RECORD_HEADER_SIZE, RecordList, RecordPage};
 
 /// Largest message, in bytes: a record with the largest value that a configuration may allow,
@@ -182,6 +187,8 @@ pub enum PeerMessage<'a> {
         id: u64,
         /// The asking wall clock.
         sent_wall_us: u64,
+        /// What the sender knows.
+        gossip: Gossip,
     },
     /// Answers `Probe`.
     ProbeDone {
@@ -193,6 +200,8 @@ pub enum PeerMessage<'a> {
         received_wall_us: u64,
         /// The answering wall clock when the answer went.
         replied_wall_us: u64,
+        /// What the sender knows.
+        gossip: Gossip,
     },
     /// What clients should know of the sender, and the namespaces as it knows them.
     Settings {
@@ -202,6 +211,33 @@ pub enum PeerMessage<'a> {
         generation: u64,
         /// The namespaces, encoded.
         catalogue: &'a [u8],
+    },
+    /// Does this member answer you? It does not answer me.
+    ProbeFor {
+        /// Of the request.
+        id: u64,
+        /// Who does not answer.
+        target: NodeId,
+        /// What the sender knows.
+        gossip: Gossip,
+    },
+    /// Answers `ProbeFor`.
+    ProbeForDone {
+        /// Of the request.
+        id: u64,
+        /// As asked.
+        target: NodeId,
+        /// Whether it answered.
+        is_reached: bool,
+        /// What the sender knows.
+        gossip: Gossip,
+    },
+    /// A part of what the sender knows; answered by another such.
+    Gossip {
+        /// Whether this is the answer.
+        is_answer: bool,
+        /// The part.
+        gossip: Gossip,
     },
 }
 
@@ -294,6 +330,11 @@ mod kind {
     pub(super) const PROBE: u8 = 14;
     pub(super) const PROBE_DONE: u8 = 15;
     pub(super) const SETTINGS: u8 = 16;
+    pub(super) const PROBE_FOR: u8 = 17;
+    pub(super) const PROBE_FOR_DONE: u8 = 18;
+    pub(super) const GOSSIP: u8 = 19;
+
+    pub(super) const WITH_GOSSIP: [u8; 5] = [PROBE, PROBE_DONE, PROBE_FOR, PROBE_FOR_DONE, GOSSIP];
 }
 
 impl<'a> PeerMessage<'a> {
@@ -317,6 +358,9 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Probe { .. } => "probe",
             PeerMessage::ProbeDone { .. } => "probe_done",
             PeerMessage::Settings { .. } => "settings",
+            PeerMessage::ProbeFor { .. } => "probe_for",
+            PeerMessage::ProbeForDone { .. } => "probe_for_done",
+            PeerMessage::Gossip { .. } => "gossip",
         }
     }
 
@@ -441,23 +485,49 @@ impl<'a> PeerMessage<'a> {
                 out.put_u32(size_u32(tokens.len()));
                 tokens.iter().for_each(|token| out.put_u64(token.0));
             }
-            PeerMessage::Probe { id, sent_wall_us } => {
+            PeerMessage::Probe { id, sent_wall_us, gossip } => {
                 out.put_u8(kind::PROBE);
                 out.put_u64(*id);
                 out.put_u64(*sent_wall_us);
+                gossip.encode(out);
             }
-            PeerMessage::ProbeDone { id, sent_wall_us, received_wall_us, replied_wall_us } => {
+            PeerMessage::ProbeDone {
+                id,
+                sent_wall_us,
+                received_wall_us,
+                replied_wall_us,
+                gossip,
+            } => {
                 out.put_u8(kind::PROBE_DONE);
                 out.put_u64(*id);
                 out.put_u64(*sent_wall_us);
                 out.put_u64(*received_wall_us);
                 out.put_u64(*replied_wall_us);
+                gossip.encode(out);
             }
             PeerMessage::Settings { client, generation, catalogue } => {
                 out.put_u8(kind::SETTINGS);
                 put_long(out, client);
                 out.put_u64(*generation);
                 put_long(out, catalogue);
+            }
+            PeerMessage::ProbeFor { id, target, gossip } => {
+                out.put_u8(kind::PROBE_FOR);
+                out.put_u64(*id);
+                out.put_u32(target.0);
+                gossip.encode(out);
+            }
+            PeerMessage::ProbeForDone { id, target, is_reached, gossip } => {
+                out.put_u8(kind::PROBE_FOR_DONE);
+                out.put_u64(*id);
+                out.put_u32(target.0);
+                out.put_u8(u8::from(*is_reached));
+                gossip.encode(out);
+            }
+            PeerMessage::Gossip { is_answer, gossip } => {
+                out.put_u8(kind::GOSSIP);
+                out.put_u8(u8::from(*is_answer));
+                gossip.encode(out);
             }
         }
     }
@@ -474,6 +544,9 @@ impl<'a> PeerMessage<'a> {
         }
         let mut reader = Reader::new(bytes);
         let kind = reader.u8()?;
+        if kind::WITH_GOSSIP.contains(&kind) && bytes.len() > GOSSIP_MESSAGE_SIZE_MAX {
+            return Err(Malformed("gossip is too long"));
+        }
         let message = match kind {
             kind::WRITE => PeerMessage::Write {
                 id: reader.u64()?,
@@ -567,17 +640,37 @@ impl<'a> PeerMessage<'a> {
                 partition: partition(&mut reader)?,
                 tokens: list(&mut reader, 8, |reader| Ok(Token(reader.u64()?)))?,
             },
-            kind::PROBE => PeerMessage::Probe { id: reader.u64()?, sent_wall_us: reader.u64()? },
+            kind::PROBE => PeerMessage::Probe {
+                id: reader.u64()?,
+                sent_wall_us: reader.u64()?,
+                gossip: Gossip::decode(&mut reader)?,
+            },
             kind::PROBE_DONE => PeerMessage::ProbeDone {
                 id: reader.u64()?,
                 sent_wall_us: reader.u64()?,
                 received_wall_us: reader.u64()?,
                 replied_wall_us: reader.u64()?,
+                gossip: Gossip::decode(&mut reader)?,
             },
             kind::SETTINGS => PeerMessage::Settings {
                 client: long(&mut reader)?,
                 generation: reader.u64()?,
                 catalogue: long(&mut reader)?,
+            },
+            kind::PROBE_FOR => PeerMessage::ProbeFor {
+                id: reader.u64()?,
+                target: NodeId(reader.u32()?),
+                gossip: Gossip::decode(&mut reader)?,
+            },
+            kind::PROBE_FOR_DONE => PeerMessage::ProbeForDone {
+                id: reader.u64()?,
+                target: NodeId(reader.u32()?),
+                is_reached: flag(&mut reader)?,
+                gossip: Gossip::decode(&mut reader)?,
+            },
+            kind::GOSSIP => PeerMessage::Gossip {
+                is_answer: flag(&mut reader)?,
+                gossip: Gossip::decode(&mut reader)?,
             },
             _ => return Err(Malformed("unknown kind of message")),
         };

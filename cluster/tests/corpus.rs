@@ -8,8 +8,10 @@ mod messages;
 
 use std::path::{Path, PathBuf};
 
+use annulus_cluster::NodeId;
 use annulus_cluster::message::{
-    PeerMessage, ReadResult, RecordPage, TrackEntry, TreeResult, Want, WriteResult,
+    Claim, Gossip, PeerMessage, ReadResult, RecordPage, Report, Said, TrackEntry, TreeResult,
+    Vitals, Want, WriteResult,
 };
 use annulus_engine::model::causality::{KeyState, Sibling};
 use annulus_engine::model::{
@@ -51,6 +53,20 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
     let page: RecordPage = [put.as_ref(), delete.as_ref()].into_iter().collect();
     let (as_of, is_primary) = (Timestamp(9), true);
     let entry = TrackEntry { partition, as_of, seen: b"seen" };
+    let claim = |said| Claim { node: NodeId(3), incarnation: 1 << 32, said };
+    let gossip = Gossip {
+        reports: vec![Report {
+            node: NodeId(1),
+            incarnation: (2 << 32) | 1,
+            heartbeat: 77,
+            vitals: Vitals { load: 5, settings_epoch: 3, ..Vitals::default() },
+        }],
+        claims: vec![
+            claim(Said::Alive),
+            claim(Said::Suspect { reporter: NodeId(1) }),
+            claim(Said::Down { reporters: [NodeId(1), NodeId(2)] }),
+        ],
+    };
     let messages = [
         PeerMessage::Write { id, deadline_us, epoch, record: put.as_ref() },
         PeerMessage::Write { id: 0, deadline_us, epoch, record: siblings.as_ref() },
@@ -98,9 +114,23 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         PeerMessage::Tree { id, partition, seen_digest: 7, level: 1, index: 2 },
         PeerMessage::TreeDone { id, result: TreeResult::Leaf(vec![(Token(8), 9)]) },
         PeerMessage::Fetch { id, partition, tokens: vec![Token(1), Token(2)] },
-        PeerMessage::Probe { id, sent_wall_us: 1 },
-        PeerMessage::ProbeDone { id, sent_wall_us: 1, received_wall_us: 2, replied_wall_us: 3 },
+        PeerMessage::Probe { id, sent_wall_us: 1, gossip: gossip.clone() },
+        PeerMessage::ProbeDone {
+            id,
+            sent_wall_us: 1,
+            received_wall_us: 2,
+            replied_wall_us: 3,
+            gossip: Gossip::default(),
+        },
         PeerMessage::Settings { client: b"host:1", generation: 3, catalogue: b"namespaces" },
+        PeerMessage::ProbeFor { id, target: NodeId(4), gossip: gossip.clone() },
+        PeerMessage::ProbeForDone {
+            id,
+            target: NodeId(4),
+            is_reached: true,
+            gossip: Gossip::default(),
+        },
+        PeerMessage::Gossip { is_answer: false, gossip },
     ];
     let named = |(index, message): (usize, &PeerMessage<'_>)| {
         let mut bytes = Vec::new();

@@ -3,6 +3,9 @@
 //! Invariant: a message is never handed on a second time; a request that was handed over is
 //! answered by the other shard, or by its deadline.
 
+use std::sync::Arc;
+
+use annulus_cluster::membership::MemberView;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::{Instant, PartitionId, Token};
 use annulus_engine::runtime::Runtime;
@@ -118,6 +121,8 @@ pub enum Message {
         /// Its body.
         body: Vec<u8>,
     },
+    /// What the shard that speaks for the node believes of the members of its cluster.
+    Members(Arc<[MemberView]>),
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
@@ -158,6 +163,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 let origin = Origin::Shard { shard: from, id };
                 self.carry_out(origin, deadline, opcode, &body, wires);
             }
+            Message::Members(views) => self.take_views(views),
         }
     }
 
@@ -205,6 +211,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     }
                 }
                 answer @ Message::Answer { .. } => self.outbox.push((shard, answer)),
+                Message::Members(_) => self.views_refused(),
             }
         }
         all

@@ -630,6 +630,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if let Some(figures) = self.repair_figures() {
             figures.note_in(&mut snapshot);
         }
+        self.note_gossip_in(&mut snapshot);
         snapshot
     }
 

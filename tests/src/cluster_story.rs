@@ -1,8 +1,8 @@
 //! Stories of whole clusters: clients, troubles, healing, and the checkers' verdict.
 //!
 //! A story has chapters. In each, clients call while troubles come and go; then everything is
-//! healed, sixty virtual seconds pass, all replicas must be equal (P8), every node is asked for
-//! every key, and all checkers judge all that was seen since the beginning.
+//! healed, sixty virtual seconds pass, all replicas must be equal (P8), all members alive to all,
+//! every node is asked for every key, and all checkers judge all that was seen since the beginning.
 //!
 //! Invariant: a story follows from its seed; whatever it finds comes with the history of the key.
 
@@ -190,6 +190,13 @@ impl ClusterStory {
         debug_assert!(cluster.now() <= begin.after_nanos(HEALING_NANOS + 1_000 * MS));
         if !differences.is_empty() {
             return Err(self.report(cluster, "replicas differ after healing", &differences));
+        }
+        let until = begin.after_nanos(HEALING_NANOS);
+        while !cluster.doubts().is_empty() && cluster.now() < until {
+            cluster.drive(500 * MS);
+        }
+        if !cluster.doubts().is_empty() {
+            return Err(self.report(cluster, "members doubt members", &cluster.doubts()));
         }
         cluster.mark_converged();
         let audited = cluster.audit();

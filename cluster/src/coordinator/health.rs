@@ -4,7 +4,9 @@
 //! ask somebody else as well. Invariants: what is in flight to a server is bounded by its window,
 //! so a slow one cannot fill the coordinator; a window closes by failures and by growing latency,
 //! and latency alone never closes it below [`WINDOW_LATENCY_FLOOR`]. Layer one of failure
-//! detection only: nobody is declared dead here; [`Standing`] is told from outside.
+//! detection only: nobody is declared dead here; [`Standing`] is told from outside. What gossip
+//! says and whether a link stands are kept apart, and the worse of both counts: a link that comes
+//! back does not acquit, and a member that lives but cannot be reached from here takes nothing.
 //!
 //! The window follows the gradient of latency (Netflix, "Performance Under Load", 2018): it shrinks
 //! when recent answers take more than twice as long as they used to, and grows by its square
@@ -193,7 +195,10 @@ impl Window {
 #[derive(Clone, Debug)]
 struct Peer {
     node: NodeId,
-    standing: Standing,
+    /// What is said of it.
+    said: Standing,
+    /// Whether this node has a link to it.
+    is_linked: bool,
     distance: u8,
     window: Window,
     reads: Latencies,
@@ -205,13 +210,18 @@ impl Peer {
     fn new(node: NodeId) -> Peer {
         Peer {
             node,
-            standing: Standing::Healthy,
+            said: Standing::Healthy,
+            is_linked: true,
             distance: 0,
             window: Window::new(),
             reads: Latencies::new(),
             writes: Latencies::new(),
             sampled: Instant(0),
         }
+    }
+
+    fn standing(&self) -> Standing {
+        if self.is_linked { self.said } else { Standing::Down }
     }
 
     /// Latency of a read there, in nanoseconds; less and less when it is long ago.
@@ -260,9 +270,14 @@ impl Health {
         Health::default()
     }
 
-    /// Says what the failure detector, or a broken connection, says.
+    /// Says what the failure detector says.
     pub fn set_standing(&mut self, node: NodeId, standing: Standing) {
-        self.peer(node).standing = standing;
+        self.peer(node).said = standing;
+    }
+
+    /// Says whether a link to the server stands: without one it takes no requests from here.
+    pub fn set_linked(&mut self, node: NodeId, is_linked: bool) {
+        self.peer(node).is_linked = is_linked;
     }
 
     /// Says how far away a server is: 0 in the same rack, 1 in the same data centre, 2 beyond.
@@ -276,17 +291,18 @@ impl Health {
         self.peers.retain(|peer| is_member(peer.node));
     }
 
-    /// What is said of a server.
+    /// How a server stands, seen from here.
     #[must_use]
     pub fn standing(&self, node: NodeId) -> Standing {
-        self.find(node).map_or(Standing::Healthy, |peer| peer.standing)
+        self.find(node).map_or(Standing::Healthy, Peer::standing)
     }
 
     /// Whether a server takes requests now: it is not down, and its window is open.
     #[inline]
     #[must_use]
     pub fn is_healthy(&self, node: NodeId) -> bool {
-        self.find(node).is_none_or(|peer| peer.standing != Standing::Down && peer.window.is_open())
+        self.find(node)
+            .is_none_or(|peer| peer.standing() != Standing::Down && peer.window.is_open())
     }
 
     /// A request has been sent.
@@ -348,7 +364,7 @@ impl Health {
     fn rank(&self, now: Instant, node: NodeId) -> impl Ord {
         let Some(peer) = self.find(node) else { return (Standing::Healthy, false, 0, 0) };
         let load = peer.believed(now).saturating_mul(4 + u64::from(peer.window.in_flight));
-        (peer.standing, !peer.window.is_open(), peer.distance, load)
+        (peer.standing(), !peer.window.is_open(), peer.distance, load)
     }
 
     /// How long to wait for a server's answer before another is asked as well, in nanoseconds.
@@ -368,7 +384,7 @@ impl Health {
     pub fn peers(&self) -> impl Iterator<Item = PeerHealth> + '_ {
         self.peers.iter().map(|peer| PeerHealth {
             node: peer.node,
-            standing: peer.standing,
+            standing: peer.standing(),
             in_flight: peer.window.in_flight,
             window: peer.window.limit,
             read_p95: peer.reads.p95,
@@ -479,6 +495,18 @@ mod tests {
         assert!(!health.is_healthy(NODE));
         health.set_standing(NODE, Standing::Suspected);
         assert!(health.is_healthy(NODE), "still written to");
+    }
+
+    #[test]
+    fn a_link_and_what_is_said_are_two_things() {
+        let mut health = Health::new();
+        health.set_linked(NODE, false);
+        health.set_standing(NODE, Standing::Suspected);
+        assert_eq!(health.standing(NODE), Standing::Down, "unreachable from here");
+        health.set_linked(NODE, true);
+        assert_eq!(health.standing(NODE), Standing::Suspected, "a link does not acquit");
+        health.set_standing(NODE, Standing::Down);
+        assert!(!health.is_healthy(NODE));
     }
 
     #[test]

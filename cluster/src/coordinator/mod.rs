@@ -494,7 +494,7 @@ impl<P> Coordinator<P> {
     /// A server can no longer be reached: what was under way to it is lost, and it is asked
     /// nothing until [`Coordinator::peer_up`].
     pub fn peer_down(&mut self, moment: Moment, node: NodeId, out: &mut Vec<Action>) {
-        self.health.set_standing(node, Standing::Down);
+        self.health.set_linked(node, false);
         for index in 0..self.table.slots() {
             if let Some(op) = self.table.id_at(index) {
                 self.failed(moment, op, node, Failure::Lost, out);
@@ -504,7 +504,7 @@ impl<P> Coordinator<P> {
 
     /// A server can be reached again.
     pub fn peer_up(&mut self, node: NodeId) {
-        self.health.set_standing(node, Standing::Healthy);
+        self.health.set_linked(node, true);
     }
 
     /// When [`Coordinator::handle_timeout`] is next wanted.

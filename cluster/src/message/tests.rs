@@ -67,7 +67,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     let key = prop::collection::vec(any::<u8>(), 1..20);
     let pairs = prop::collection::vec(any::<(u64, u64)>(), 0..5);
     let records = prop::collection::vec(records(), 1..4);
-    (1u8..=16, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
+    (1u8..=19, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
         .prop_map(|(kind, choice, long, short, bytes, key, records, pairs)| Parts {
             page: records.iter().map(Record::as_ref).collect(),
             kind,
@@ -104,6 +104,40 @@ impl Parts {
             1 => ReadResult::Digest { as_of, is_primary, digest: self.long[2] },
             2 => ReadResult::Refused(self.choice.into()),
             _ => ReadResult::Unknown,
+        }
+    }
+
+    fn gossip(&self) -> Gossip {
+        let [node, reporter, other] = self.short.map(|number| number & 0xffff);
+        let incarnation = |number: u64| number.min(u64::MAX - 1);
+        let report = |(at, pair): (usize, &(u64, u64))| Report {
+            node: NodeId(node),
+            incarnation: incarnation(pair.0),
+            heartbeat: pair.1,
+            vitals: Vitals {
+                load: self.long[at % 4],
+                heat: pair.0,
+                disk_level: pair.1,
+                oldest_hint: self.long[3],
+                settings_epoch: at as u64,
+                members_epoch: self.long[2],
+            },
+        };
+        let claim = |(at, pair): (usize, &(u64, u64))| Claim {
+            node: NodeId(node),
+            incarnation: incarnation(pair.1),
+            said: match at % 3 {
+                0 => Said::Alive,
+                1 => Said::Suspect { reporter: NodeId(node + 1 + reporter) },
+                _ => {
+                    let first = node + 1 + reporter;
+                    Said::Down { reporters: [NodeId(first), NodeId(first + 1 + other)] }
+                }
+            },
+        };
+        Gossip {
+            reports: self.pairs.iter().enumerate().map(report).collect(),
+            claims: self.pairs.iter().enumerate().map(claim).collect(),
         }
     }
 
@@ -188,17 +222,26 @@ impl Parts {
                 partition,
                 tokens: self.pairs.iter().map(|pair| Token(pair.0)).collect(),
             },
-            14 => PeerMessage::Probe { id, sent_wall_us: long1 },
+            14 => PeerMessage::Probe { id, sent_wall_us: long1, gossip: self.gossip() },
             16 => PeerMessage::Settings {
                 client: &self.key,
                 generation: long1,
                 catalogue: &self.bytes,
             },
+            17 => PeerMessage::ProbeFor { id, target: NodeId(index), gossip: self.gossip() },
+            18 => PeerMessage::ProbeForDone {
+                id,
+                target: NodeId(index),
+                is_reached: self.choice & 1 == 0,
+                gossip: self.gossip(),
+            },
+            19 => PeerMessage::Gossip { is_answer: self.choice & 1 == 0, gossip: self.gossip() },
             _ => PeerMessage::ProbeDone {
                 id,
                 sent_wall_us: long1,
                 received_wall_us: long2,
                 replied_wall_us: long3,
+                gossip: self.gossip(),
             },
         }
     }
@@ -251,7 +294,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_refused_or_a_message(kind in 0u8..=17, bytes: Vec<u8>) {
+    fn any_bytes_are_refused_or_a_message(kind in 0u8..=20, bytes: Vec<u8>) {
         decode_hostile(&bytes);
         decode_hostile(&[&[kind], &bytes[..]].concat());
     }
@@ -314,14 +357,14 @@ fn every_kind_begins_with_its_number() {
         page: RecordPage::new(),
         pairs: vec![(1, 2)],
     };
-    let names: std::collections::BTreeSet<&str> = (1..=16)
+    let names: std::collections::BTreeSet<&str> = (1..=19)
         .map(|kind| {
             let parts = Parts { kind, ..parts.clone() };
             assert_eq!(encoded(&parts.message())[0], kind);
             parts.message().name()
         })
         .collect();
-    assert_eq!(names.len(), 16);
+    assert_eq!(names.len(), 19);
 }
 
 #[test]
@@ -332,6 +375,82 @@ fn lists_that_announce_more_than_they_hold_cost_nothing() {
     bytes[at..].copy_from_slice(&u32::MAX.to_le_bytes());
     let error = PeerMessage::decode(&bytes).unwrap_err();
     assert_eq!(error, Malformed("list is longer than the message"));
+}
+
+/// The bytes of an exchange of gossip with one claim.
+fn claim_bytes(said: u8, node: u32, incarnation: u64, others: &[u32]) -> Vec<u8> {
+    let mut bytes = vec![19, 0, 0, 1, said];
+    bytes.put_u32(node);
+    bytes.put_u64(incarnation);
+    others.iter().for_each(|other| bytes.put_u32(*other));
+    bytes
+}
+
+#[test]
+fn the_bytes_of_gossip_never_change() {
+    let report = Report {
+        node: NodeId(7),
+        incarnation: 0x0102_0304_0506_0708,
+        heartbeat: 9,
+        vitals: Vitals {
+            load: 1,
+            heat: 2,
+            disk_level: 3,
+            oldest_hint: 4,
+            settings_epoch: 5,
+            members_epoch: 6,
+        },
+    };
+    let said = Said::Down { reporters: [NodeId(2), NodeId(3)] };
+    let claim = Claim { node: NodeId(1), incarnation: 4, said };
+    let gossip = Gossip { reports: vec![report], claims: vec![claim] };
+    let message = PeerMessage::ProbeForDone { id: 5, target: NodeId(6), is_reached: true, gossip };
+    let expected = [
+        "12",                               // probe_for_done
+        "0500000000000000",                 // id
+        "0600000001",                       // target, reached
+        "01",                               // one report
+        "070000000807060504030201",         // node, incarnation
+        "0900000000000000",                 // heartbeat
+        "01000000000000000200000000000000", // load, heat
+        "03000000000000000400000000000000", // disk level, oldest hint
+        "05000000000000000600000000000000", // epochs
+        "01",                               // one claim
+        "02",                               // down
+        "010000000400000000000000",         // node, incarnation
+        "0200000003000000",                 // reporters
+    ];
+    assert_eq!(hex(&encoded(&message)), expected.concat());
+}
+
+#[test]
+fn a_claim_that_cannot_be_is_refused() {
+    let verdict = |bytes: &[u8]| PeerMessage::decode(bytes).map(|message| message.name());
+    assert_eq!(verdict(&claim_bytes(0, 1, 5, &[])), Ok("gossip"));
+    assert_eq!(verdict(&claim_bytes(2, 1, 5, &[2, 3])), Ok("gossip"));
+    let itself = Err(Malformed("a member accuses itself"));
+    assert_eq!(verdict(&claim_bytes(1, 1, 5, &[1])), itself);
+    assert_eq!(verdict(&claim_bytes(2, 3, 5, &[2, 3])), itself);
+    for pair in [[2, 2], [3, 2]] {
+        let error = Err(Malformed("two reporters are not two, or not in order"));
+        assert_eq!(verdict(&claim_bytes(2, 1, 5, &pair)), error);
+    }
+    let last = Err(Malformed("an incarnation that nobody can follow"));
+    assert_eq!(verdict(&claim_bytes(0, 1, u64::MAX, &[])), last);
+    assert_eq!(verdict(&claim_bytes(3, 1, 5, &[])), Err(Malformed("unknown kind of claim")));
+}
+
+#[test]
+fn gossip_longer_than_a_packet_is_refused() {
+    let claim = Claim { node: NodeId(1), incarnation: 1, said: Said::Alive };
+    let message = |count: usize| PeerMessage::Gossip {
+        is_answer: false,
+        gossip: Gossip { reports: Vec::new(), claims: vec![claim; count] },
+    };
+    let most = (GOSSIP_MESSAGE_SIZE_MAX - 4) / 13;
+    assert!(PeerMessage::decode(&encoded(&message(most))).is_ok());
+    let error = PeerMessage::decode(&encoded(&message(most + 1))).unwrap_err();
+    assert_eq!(error, Malformed("gossip is too long"));
 }
 
 #[test]

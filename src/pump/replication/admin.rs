@@ -287,6 +287,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 rack: node.rack.clone(),
                 weight: crate::members::percent(node.weight),
                 partitions,
+                gossip: replication.gossip.view(node.id).copied(),
             }
         };
         topology.nodes().iter().zip(held).map(facts).collect()

@@ -167,7 +167,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             PeerMessage::Settings { client, generation, catalogue } => {
                 self.take_settings(from, client, *generation, catalogue);
             }
-            // A probe's answer has nobody waiting.
             other => self.repair_message(from, other),
         }
     }
@@ -179,6 +178,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         replication.peers.insert(node, super::Peer { shard_count });
         replication.coordinator.peer_up(node);
         self.repair_peer_up(node);
+        self.greet_member(node);
         if shard < shard_count {
             self.tell_settings(PeerShard { node, shard });
         }

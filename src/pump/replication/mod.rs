@@ -7,6 +7,7 @@
 //! background       -> exchange.rs     announcements, and sync with whoever has what is missing
 //!                     repair.rs       replicas that should be equal are compared
 //!                     refill.rs       what a damaged disk held comes from others
+//!                     gossip.rs       who is there
 //! ```
 //!
 //! Invariant: nothing is sent from where a message is made; letters are gathered and leave at the
@@ -16,6 +17,7 @@ mod admin;
 mod coordinate;
 mod exchange;
 mod forward;
+mod gossip;
 mod refill;
 mod repair;
 mod replica;
@@ -25,7 +27,7 @@ mod trace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions, Standing};
+use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions};
 use annulus_cluster::message::PeerMessage;
 use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
 use annulus_cluster::{NodeId, Topology};
@@ -39,6 +41,7 @@ pub(super) use admin::Change;
 use coordinate::Operation;
 pub(super) use coordinate::OwnWrite;
 use forward::Forwarded;
+use gossip::Gossip;
 pub(super) use refill::FilledPage;
 use refill::Refill;
 use repair::Repair;
@@ -92,6 +95,7 @@ pub(super) struct Replication {
     sessions: Vec<Session>,
     repair: Repair,
     refill: Refill,
+    gossip: Gossip,
     letters: Vec<Letter>,
     /// What the coordinator decided and the end of the turn carries out.
     actions: Vec<Action>,
@@ -113,8 +117,9 @@ impl Replication {
         let first_id = options.life << 32;
         let mut coordinator = Coordinator::new(own, CoordinatorOptions::default(), first_id);
         for node in options.topology.nodes().iter().filter(|node| node.id != own) {
-            coordinator.health_mut().set_standing(node.id, Standing::Down);
+            coordinator.health_mut().set_linked(node.id, false);
         }
+        let gossip = Gossip::new(&options.topology, options.life, map.own(), now);
         Replication {
             coordinator,
             tracking: Tracking::new(
@@ -131,6 +136,7 @@ impl Replication {
             sessions: Vec::new(),
             repair: Repair::new(options.life, now),
             refill: Refill::new(now),
+            gossip,
             letters: Vec::new(),
             actions: Vec::new(),
             refusals: Vec::new(),
@@ -185,6 +191,7 @@ impl Replication {
         let forwards = (!self.forwarded.is_empty()).then_some(self.next_sweep);
         let soonest = operations.into_iter().chain(forwards).min();
         let background = self.next_exchange.min(self.repair.next_timeout());
+        let background = self.gossip.next_timeout().map_or(background, |at| at.min(background));
         soonest.map_or(background, |at| at.min(background))
     }
 
@@ -223,6 +230,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let mut worked = self.act(wires);
         self.exchange_turn();
         self.repair_turn();
+        self.gossip_turn();
         let now = self.now;
         let Some(replication) = &mut self.replication else { return worked };
         if now >= replication.next_sweep {

@@ -56,16 +56,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             PeerMessage::ForwardDone { id, status, body } => {
                 self.forward_done(id, status, body, wires);
             }
-            PeerMessage::Probe { id, sent_wall_us } => {
-                let wall = self.wall.0;
-                let done = PeerMessage::ProbeDone {
-                    id,
-                    sent_wall_us,
-                    received_wall_us: wall,
-                    replied_wall_us: wall,
-                };
-                self.post(from, Lane::Foreground, &done);
-            }
+            PeerMessage::Probe { .. }
+            | PeerMessage::ProbeDone { .. }
+            | PeerMessage::ProbeFor { .. }
+            | PeerMessage::ProbeForDone { .. }
+            | PeerMessage::Gossip { .. } => self.hear_gossip(from, &message),
             background => self.exchange(from, &background, bytes),
         }
     }

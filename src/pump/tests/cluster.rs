@@ -505,6 +505,36 @@ fn status_has_a_row_a_member_and_guesses_nothing() {
     assert_eq!(held, 3 << BITS);
 }
 
+#[test]
+fn status_says_what_gossip_has_of_each_member_and_coordinators_believe_it() {
+    let mut cluster = Cluster::new(4);
+    cluster.run(3_000 * MS);
+    let rows = |cluster: &mut Cluster| {
+        let (_, body) = cluster.admin(2, &Command::Status);
+        serde_json::from_slice::<StatusReply>(&body).unwrap().nodes
+    };
+    for row in rows(&mut cluster) {
+        assert_eq!(row.gossip.as_deref(), Some("alive"), "{}", row.id);
+        assert_eq!(row.incarnation, Some((1 << 32) + 1));
+        assert!(row.heartbeat.is_some_and(|heartbeat| heartbeat > 3), "{row:?}");
+    }
+    // Its links stand, and nothing comes through them.
+    cluster.cut.insert(3);
+    cluster.run(15_000 * MS);
+    let gossip: Vec<String> = rows(&mut cluster).into_iter().filter_map(|row| row.gossip).collect();
+    assert_eq!(gossip, ["alive", "alive", "down", "alive"]);
+    // Nobody waits for it: a write that all homes must have is refused or has other copies.
+    let before = cluster.executor.runtime().now();
+    for key in ["a", "b", "c", "d", "e", "f"] {
+        let (status, _) = cluster.put(1, 0, key, OperationFlags::SLOPPY);
+        assert_eq!(status, Status::OK, "{key}");
+    }
+    assert!(cluster.executor.runtime().now().nanos_since(before) < 200 * MS);
+    cluster.cut.clear();
+    cluster.run(15_000 * MS);
+    assert!(rows(&mut cluster).iter().all(|row| row.gossip.as_deref() == Some("alive")));
+}
+
 fn steps(trace: &[u8]) -> Vec<(String, u64)> {
     let trace: Value = serde_json::from_slice(trace).expect("a trace is JSON");
     let step = |step: &Value| {

@@ -26,6 +26,7 @@ use annulus::config::Compression;
 use annulus::metrics::ShardSnapshot;
 use annulus::namespaces::{Catalogue, Level as NamespaceLevel, Mode as NamespaceMode, Settings};
 use annulus::pump::ConnectionKey;
+use annulus_cluster::membership::{MemberView, Status};
 use annulus_cluster::{NodeInfo, Topology, Weight};
 use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
 use annulus_engine::options::{Durability, Options};
@@ -33,7 +34,7 @@ use annulus_engine::runtime::{Class, Runtime as _};
 use annulus_engine::shard::ScanRequest;
 use annulus_engine::shard::Shard;
 use annulus_engine::sim::{Chance, Rule, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
-use annulus_net::wire::status::Status;
+use annulus_net::wire::status::Status as ReplyStatus;
 
 use crate::calls::CallMix;
 use crate::checker::{self, Dump, Violation};
@@ -289,7 +290,7 @@ impl SimCluster {
 
     /// Answers so far, by status.
     #[must_use]
-    pub fn answers(&self) -> &BTreeMap<Status, u64> {
+    pub fn answers(&self) -> &BTreeMap<ReplyStatus, u64> {
         &self.book.answers
     }
 
@@ -572,6 +573,34 @@ impl SimCluster {
             found.extend(self.left_overs(partition));
         }
         found
+    }
+
+    /// What a shard was told of the members, by node; empty in a cluster of one.
+    ///
+    /// # Panics
+    /// When the shard does not serve.
+    #[must_use]
+    pub fn members(&self, node: u32, shard: u32) -> Vec<MemberView> {
+        self.numbers(node, shard).members
+    }
+
+    /// Where a shard of a node that serves believes anything of a member but that it is alive.
+    #[must_use]
+    pub fn doubts(&self) -> Vec<Violation> {
+        let nodes = (0..self.node_count()).filter(|node| self.is_up(*node));
+        let places = nodes.flat_map(|node| (0..self.common.shards).map(move |shard| (node, shard)));
+        places
+            .flat_map(|(node, shard)| {
+                let members = self.members(node, shard);
+                let doubted = members.into_iter().filter(|view| view.status != Status::Alive);
+                doubted.map(move |view| Violation {
+                    checker: "gossip",
+                    key: view.node.0,
+                    event: None,
+                    what: format!("to shard {shard} of node {node}: {view:?}"),
+                })
+            })
+            .collect()
     }
 
     /// What nodes hold of a partition that is not theirs: they should have handed it over.

@@ -10,13 +10,14 @@
 //! one node sees them; [`message`] has what shards of different nodes say to each other;
 //! [`repair`] checks that those who have seen the same writes hold the same records, and
 //! [`tracking`] knows who has seen which; [`coordinator`] carries reads and writes over the
-//! replicas of a key.
+//! replicas of a key. [`register`] is what all members must agree on, one value a register.
 
 #![forbid(unsafe_code)]
 
 pub mod coordinator;
 pub mod member;
 pub mod message;
+pub mod register;
 pub mod repair;
 pub mod ring;
 pub mod topology;

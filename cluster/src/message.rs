@@ -14,8 +14,12 @@ use annulus_engine::model::token::PARTITION_BITS_MAX;
 use annulus_engine::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Token};
 use annulus_net::wire::codec::{Malformed, Reader, Write, size_u32};
 
+use crate::register::state::encode_ballot;
+use crate::register::{AcceptResult, Ballot, PrepareResult, RegisterId, State};
+
 mod check;
 mod record;
+mod register;
 
 pub use check::{Reason, check_record};
 pub use record::{RECORD_HEADER_SIZE, RecordList, RecordPage};
@@ -203,6 +207,42 @@ pub enum PeerMessage<'a> {
         /// The namespaces, encoded.
         catalogue: &'a [u8],
     },
+    /// Promise to accept nothing below this ballot.
+    Prepare {
+        /// Which register.
+        register: RegisterId,
+        /// The ballot; not zero.
+        ballot: Ballot,
+    },
+    /// Answers `Prepare`.
+    Promise {
+        /// Which register.
+        register: RegisterId,
+        /// As asked.
+        ballot: Ballot,
+        /// Whether it is promised.
+        result: PrepareResult,
+    },
+    /// Accept this state of a register.
+    Accept {
+        /// Which register.
+        register: RegisterId,
+        /// With which ballot; not zero.
+        ballot: Ballot,
+        /// The ballot to promise with it, above `ballot`.
+        next: Ballot,
+        /// The state.
+        state: State,
+    },
+    /// Answers `Accept`.
+    Accepted {
+        /// Which register.
+        register: RegisterId,
+        /// As asked.
+        ballot: Ballot,
+        /// Whether it is accepted.
+        result: AcceptResult,
+    },
 }
 
 /// What became of a `Write`.
@@ -294,6 +334,10 @@ mod kind {
     pub(super) const PROBE: u8 = 14;
     pub(super) const PROBE_DONE: u8 = 15;
     pub(super) const SETTINGS: u8 = 16;
+    pub(super) const PREPARE: u8 = 32;
+    pub(super) const PROMISE: u8 = 33;
+    pub(super) const ACCEPT: u8 = 34;
+    pub(super) const ACCEPTED: u8 = 35;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -317,6 +361,10 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Probe { .. } => "probe",
             PeerMessage::ProbeDone { .. } => "probe_done",
             PeerMessage::Settings { .. } => "settings",
+            PeerMessage::Prepare { .. } => "prepare",
+            PeerMessage::Promise { .. } => "promise",
+            PeerMessage::Accept { .. } => "accept",
+            PeerMessage::Accepted { .. } => "accepted",
         }
     }
 
@@ -459,11 +507,27 @@ impl<'a> PeerMessage<'a> {
                 out.put_u64(*generation);
                 put_long(out, catalogue);
             }
+            PeerMessage::Prepare { register, ballot } => {
+                register::encode_head(kind::PREPARE, *register, *ballot, out);
+            }
+            PeerMessage::Promise { register, ballot, result } => {
+                register::encode_head(kind::PROMISE, *register, *ballot, out);
+                register::encode_promise(result, out);
+            }
+            PeerMessage::Accept { register, ballot, next, state } => {
+                register::encode_head(kind::ACCEPT, *register, *ballot, out);
+                encode_ballot(*next, out);
+                state.encode(out);
+            }
+            PeerMessage::Accepted { register, ballot, result } => {
+                register::encode_head(kind::ACCEPTED, *register, *ballot, out);
+                register::encode_accepted(*result, out);
+            }
         }
     }
 
-    /// Reads a message. Allocates only for lists of numbers and lines, never more than twice the
-    /// bytes they came in.
+    /// Reads a message. Allocates only for lists of numbers and lines, and for the states of
+    /// registers, never more than twice the bytes they came in.
     ///
     /// # Errors
     /// [`Malformed`] names the first rule broken. Whether a record fits this cluster is a
@@ -579,6 +643,9 @@ impl<'a> PeerMessage<'a> {
                 generation: reader.u64()?,
                 catalogue: long(&mut reader)?,
             },
+            kind::PREPARE | kind::PROMISE | kind::ACCEPT | kind::ACCEPTED => {
+                register::decode(kind, &mut reader)?
+            }
             _ => return Err(Malformed("unknown kind of message")),
         };
         reader.finish()?;

@@ -8,9 +8,11 @@ mod messages;
 
 use std::path::{Path, PathBuf};
 
+use annulus_cluster::NodeId;
 use annulus_cluster::message::{
     PeerMessage, ReadResult, RecordPage, TrackEntry, TreeResult, Want, WriteResult,
 };
+use annulus_cluster::register::{AcceptResult, Ballot, PrepareResult, RegisterId, State};
 use annulus_engine::model::causality::{KeyState, Sibling};
 use annulus_engine::model::{
     Context, Dot, Kind, NamespaceId, OriginId, PartitionId, Record, Timestamp, Token,
@@ -51,6 +53,10 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
     let page: RecordPage = [put.as_ref(), delete.as_ref()].into_iter().collect();
     let (as_of, is_primary) = (Timestamp(9), true);
     let entry = TrackEntry { partition, as_of, seen: b"seen" };
+    let register = RegisterId::NAMESPACES;
+    let ballot = Ballot { counter: 9, node: NodeId(2), session: 4 };
+    let next = Ballot { counter: 10, ..ballot };
+    let made = State::default().changed(ballot, 3, b"namespaces".to_vec());
     let messages = [
         PeerMessage::Write { id, deadline_us, epoch, record: put.as_ref() },
         PeerMessage::Write { id: 0, deadline_us, epoch, record: siblings.as_ref() },
@@ -101,6 +107,14 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         PeerMessage::Probe { id, sent_wall_us: 1 },
         PeerMessage::ProbeDone { id, sent_wall_us: 1, received_wall_us: 2, replied_wall_us: 3 },
         PeerMessage::Settings { client: b"host:1", generation: 3, catalogue: b"namespaces" },
+        PeerMessage::Prepare { register, ballot },
+        PeerMessage::Promise {
+            register,
+            ballot: next,
+            result: PrepareResult::Promised(ballot, made.clone()),
+        },
+        PeerMessage::Accept { register, ballot, next, state: made },
+        PeerMessage::Accepted { register, ballot, result: AcceptResult::Conflict(next) },
     ];
     let named = |(index, message): (usize, &PeerMessage<'_>)| {
         let mut bytes = Vec::new();

@@ -46,3 +46,13 @@ pub use ballot::{Ballot, BallotSource};
 pub use holders::{holders, majority};
 pub use proposer::{Applied, Change, ChangeId, Outcome, Proposer, ProposerAction, ProposerOptions};
 pub use state::State;
+
+/// Names a register; the same to all members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct RegisterId(pub u32);
+
+impl RegisterId {
+    /// The catalogue of namespaces. Its version is the catalogue's generation.
+    pub const NAMESPACES: RegisterId = RegisterId(1);
+}

@@ -66,6 +66,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 };
                 self.post(from, Lane::Foreground, &done);
             }
+            PeerMessage::Prepare { .. } | PeerMessage::Accept { .. } => self.vote(from, bytes),
+            answer @ (PeerMessage::Promise { .. } | PeerMessage::Accepted { .. }) => {
+                self.holder_answered(from.node, answer);
+            }
             background => self.exchange(from, &background, bytes),
         }
     }

@@ -256,6 +256,22 @@ pub fn apply_to_namespaces(
     }))
 }
 
+/// Carries out a namespace command, given as it travels, on a copy of the catalogue.
+///
+/// # Errors
+/// Why it is refused; nothing changed.
+pub fn apply_named_to_namespaces(
+    command: &str,
+    arguments: &str,
+    catalogue: &Catalogue,
+    compression: Compression,
+) -> Result<NsOutcome, (Status, String)> {
+    let command = Command::parse(command, arguments).map_err(|what| (Status::BAD_REQUEST, what))?;
+    apply_to_namespaces(&command, catalogue, compression)
+        .ok_or_else(|| (Status::FAILED, "not a namespace command".to_owned()))?
+        .map_err(|refusal| (refusal.status(), refusal.to_string()))
+}
+
 /// One row of `annulus status`. What is not known of a member is null.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeRow {

@@ -12,6 +12,7 @@ pub mod members;
 pub mod metrics;
 pub mod namespaces;
 pub mod pump;
+pub mod registers;
 #[cfg(feature = "uring")]
 pub mod serve;
 pub mod units;

@@ -8,7 +8,8 @@
 //! one node sees them; [`message`] has what shards of different nodes say to each other;
 //! [`repair`] checks that those who have seen the same writes hold the same records, and
 //! [`tracking`] knows who has seen which; [`coordinator`] carries reads and writes over the
-//! replicas of a key, and [`membership`] knows who is there.
+//! replicas of a key, and [`membership`] knows who is there. [`register`] is what all members must
+//! agree on, one value a register.
 
 #![forbid(unsafe_code)]
 
@@ -16,6 +17,7 @@ pub mod coordinator;
 pub mod member;
 pub mod membership;
 pub mod message;
+pub mod register;
 pub mod repair;
 pub mod ring;
 pub mod topology;

@@ -15,10 +15,13 @@ use annulus_engine::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Toke
 use annulus_net::wire::codec::{Malformed, Reader, Write, size_u32};
 
 use crate::member::NodeId;
+use crate::register::state::encode_ballot;
+use crate::register::{AcceptResult, Ballot, PrepareResult, RegisterId, State};
 
 mod check;
 mod gossip;
 mod record;
+mod register;
 
 pub use check::{Reason, check_record};
 pub(crate) use gossip::REPORT_SIZE;
@@ -239,6 +242,42 @@ pub enum PeerMessage<'a> {
         /// The part.
         gossip: Gossip,
     },
+    /// Promise to accept nothing below this ballot.
+    Prepare {
+        /// Which register.
+        register: RegisterId,
+        /// The ballot; not zero.
+        ballot: Ballot,
+    },
+    /// Answers `Prepare`.
+    Promise {
+        /// Which register.
+        register: RegisterId,
+        /// As asked.
+        ballot: Ballot,
+        /// Whether it is promised.
+        result: PrepareResult,
+    },
+    /// Accept this state of a register.
+    Accept {
+        /// Which register.
+        register: RegisterId,
+        /// With which ballot; not zero.
+        ballot: Ballot,
+        /// The ballot to promise with it, above `ballot`.
+        next: Ballot,
+        /// The state.
+        state: State,
+    },
+    /// Answers `Accept`.
+    Accepted {
+        /// Which register.
+        register: RegisterId,
+        /// As asked.
+        ballot: Ballot,
+        /// Whether it is accepted.
+        result: AcceptResult,
+    },
 }
 
 /// What became of a `Write`.
@@ -335,6 +374,10 @@ mod kind {
     pub(super) const GOSSIP: u8 = 19;
 
     pub(super) const WITH_GOSSIP: [u8; 5] = [PROBE, PROBE_DONE, PROBE_FOR, PROBE_FOR_DONE, GOSSIP];
+    pub(super) const PREPARE: u8 = 32;
+    pub(super) const PROMISE: u8 = 33;
+    pub(super) const ACCEPT: u8 = 34;
+    pub(super) const ACCEPTED: u8 = 35;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -361,6 +404,10 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::ProbeFor { .. } => "probe_for",
             PeerMessage::ProbeForDone { .. } => "probe_for_done",
             PeerMessage::Gossip { .. } => "gossip",
+            PeerMessage::Prepare { .. } => "prepare",
+            PeerMessage::Promise { .. } => "promise",
+            PeerMessage::Accept { .. } => "accept",
+            PeerMessage::Accepted { .. } => "accepted",
         }
     }
 
@@ -529,11 +576,27 @@ impl<'a> PeerMessage<'a> {
                 out.put_u8(u8::from(*is_answer));
                 gossip.encode(out);
             }
+            PeerMessage::Prepare { register, ballot } => {
+                register::encode_head(kind::PREPARE, *register, *ballot, out);
+            }
+            PeerMessage::Promise { register, ballot, result } => {
+                register::encode_head(kind::PROMISE, *register, *ballot, out);
+                register::encode_promise(result, out);
+            }
+            PeerMessage::Accept { register, ballot, next, state } => {
+                register::encode_head(kind::ACCEPT, *register, *ballot, out);
+                encode_ballot(*next, out);
+                state.encode(out);
+            }
+            PeerMessage::Accepted { register, ballot, result } => {
+                register::encode_head(kind::ACCEPTED, *register, *ballot, out);
+                register::encode_accepted(*result, out);
+            }
         }
     }
 
-    /// Reads a message. Allocates only for lists of numbers and lines, never more than twice the
-    /// bytes they came in.
+    /// Reads a message. Allocates only for lists of numbers and lines, and for the states of
+    /// registers, never more than twice the bytes they came in.
     ///
     /// # Errors
     /// [`Malformed`] names the first rule broken. Whether a record fits this cluster is a
@@ -672,6 +735,9 @@ impl<'a> PeerMessage<'a> {
                 is_answer: flag(&mut reader)?,
                 gossip: Gossip::decode(&mut reader)?,
             },
+            kind::PREPARE | kind::PROMISE | kind::ACCEPT | kind::ACCEPTED => {
+                register::decode(kind, &mut reader)?
+            }
             _ => return Err(Malformed("unknown kind of message")),
         };
         reader.finish()?;

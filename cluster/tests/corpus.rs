@@ -13,6 +13,7 @@ use annulus_cluster::message::{
     Claim, Gossip, PeerMessage, ReadResult, RecordPage, Report, Said, TrackEntry, TreeResult,
     Vitals, Want, WriteResult,
 };
+use annulus_cluster::register::{AcceptResult, Ballot, PrepareResult, RegisterId, State};
 use annulus_engine::model::causality::{KeyState, Sibling};
 use annulus_engine::model::{
     Context, Dot, Kind, NamespaceId, OriginId, PartitionId, Record, Timestamp, Token,
@@ -67,6 +68,10 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
             claim(Said::Down { reporters: [NodeId(1), NodeId(2)] }),
         ],
     };
+    let register = RegisterId::NAMESPACES;
+    let ballot = Ballot { counter: 9, node: NodeId(2), session: 4 };
+    let next = Ballot { counter: 10, ..ballot };
+    let made = State::default().changed(ballot, 3, b"namespaces".to_vec());
     let messages = [
         PeerMessage::Write { id, deadline_us, epoch, record: put.as_ref() },
         PeerMessage::Write { id: 0, deadline_us, epoch, record: siblings.as_ref() },
@@ -131,6 +136,14 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
             gossip: Gossip::default(),
         },
         PeerMessage::Gossip { is_answer: false, gossip },
+        PeerMessage::Prepare { register, ballot },
+        PeerMessage::Promise {
+            register,
+            ballot: next,
+            result: PrepareResult::Promised(ballot, made.clone()),
+        },
+        PeerMessage::Accept { register, ballot, next, state: made },
+        PeerMessage::Accepted { register, ballot, result: AcceptResult::Conflict(next) },
     ];
     let named = |(index, message): (usize, &PeerMessage<'_>)| {
         let mut bytes = Vec::new();

@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use annulus_cluster::NodeId;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, Token};
+use annulus_engine::model::{Instant, Token, WallMicros};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{ShardStats, SpaceLevel};
 use annulus_net::wire::hello::{self, NamespaceFact};
@@ -13,11 +13,15 @@ use annulus_net::wire::response::{Failure, Page};
 use annulus_net::wire::status::Status;
 
 use super::{Answer, Done, Origin, Pump, Wires};
+use crate::commands::NsOutcome;
 use crate::metrics::{Gauges, ShardMetrics, ShardSnapshot, Standing};
 use crate::namespaces::{Catalogue, Mode};
 
 /// A command being carried out. Ends with its JSON, or with a status and a sentence.
 pub type AdminJob = Pin<Box<dyn Future<Output = Result<Vec<u8>, (Status, String)>>>>;
+
+/// This node's vote on a register. Ends with the answer's bytes, or with why there is none.
+pub type Vote = Pin<Box<dyn Future<Output = Result<Vec<u8>, String>>>>;
 
 /// Where admin commands are carried out: it knows the node, the pump knows one shard.
 pub trait AdminDesk {
@@ -30,8 +34,22 @@ pub trait AdminDesk {
     /// Where clients reach another node, and how many shards it has; 0 if that is not known.
     fn note_client(&self, node: NodeId, address: &str, shard_count: u32);
 
-    /// The namespaces of this node as they are now, encoded.
-    fn catalogue(&self) -> Vec<u8>;
+    /// The namespaces of this node as they are now.
+    fn catalogue(&self) -> Catalogue;
+
+    /// Carries out a command on a catalogue of namespaces, which nobody keeps.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    fn apply(
+        &self,
+        command: &str,
+        arguments: &str,
+        catalogue: &Catalogue,
+    ) -> Result<NsOutcome, (Status, String)>;
+
+    /// Answers a question to a holder of registers, when what the answer rests on is durable.
+    fn vote(&self, wall: WallMicros, request: &[u8]) -> Vote;
 
     /// Another node has a newer catalogue: makes it this node's.
     fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob;

@@ -603,10 +603,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
             },
             Done::Admin { origin, reply } => self.answer_admin(origin, reply, wires),
-            Done::Told { origin, status, body } => {
-                self.answer(origin, &Answer::Raw(status, &body), wires);
-            }
             Done::Changed(change) => self.changed(change),
+            Done::Voted { from, vote } => self.voted(from, vote),
             Done::Merged { origin, merged } => match (origin, merged) {
                 (Some((from, id)), Ok(())) => self.acknowledge(from, id),
                 (Some((from, id)), Err(error)) => self.refuse_write(from, id, &error),

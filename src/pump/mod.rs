@@ -57,7 +57,7 @@ use annulus_net::wire::status::Status;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
-pub use admin::{AdminDesk, AdminJob, disk_level};
+pub use admin::{AdminDesk, AdminJob, Vote, disk_level};
 pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
 pub use links::{Lane, LinkDown, Links, NoLinks};
@@ -66,7 +66,7 @@ pub use replication::{RepairFigures, ReplicationOptions};
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use execute::Pending;
-use replication::{Change, FilledPage, MergedPage, OwnWrite, Replication};
+use replication::{Changed, FilledPage, MergedPage, OwnWrite, Replication};
 use revive::Revival;
 use sessions::{Session, Sessions};
 use waiting::WaitingTasks;
@@ -159,14 +159,13 @@ enum Done {
         origin: Origin,
         reply: Result<Vec<u8>, (Status, String)>,
     },
-    /// What another node answered, to be passed on.
-    Told {
-        origin: Origin,
-        status: Status,
-        body: Vec<u8>,
+    /// A change of the namespaces has ended with their register.
+    Changed(Changed),
+    /// This node's vote on a register, for whoever asked, or why there is none.
+    Voted {
+        from: PeerShard,
+        vote: Result<Vec<u8>, String>,
     },
-    /// This node has changed the namespaces of the cluster.
-    Changed(Change),
     /// A record of a coordinator was merged, and is visible if somebody waits for it.
     Merged {
         origin: Option<(PeerShard, u64)>,
@@ -307,6 +306,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// A pump over an open shard.
     pub fn new(shard: Shard<D, R>, runtime: R, options: PumpOptions) -> Pump<D, R> {
         let (now, wall) = (runtime.now(), runtime.wall());
+        let cluster = options.facts.welcome.cluster;
         if options.replication.is_some() {
             shard.watch_touched();
         }
@@ -334,7 +334,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             desk: options.desk,
             replication: options
                 .replication
-                .map(|replication| Box::new(Replication::new(replication, options.map, now))),
+                .map(|it| Box::new(Replication::new(it, cluster, options.map, now))),
             metrics: Rc::default(),
             answered_at_once: 0,
             now,

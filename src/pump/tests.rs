@@ -22,6 +22,7 @@ use annulus_net::wire::slices::{FrameWriter, Head};
 use annulus_net::wire::status::Status;
 
 use super::*;
+use crate::commands::{NsOutcome, apply_named_to_namespaces};
 use crate::config::Compression;
 
 /// No connections: everything comes by message.
@@ -65,8 +66,21 @@ impl AdminDesk for NoDesk {
 
     fn note_client(&self, _node: annulus_cluster::NodeId, _address: &str, _shards: u32) {}
 
-    fn catalogue(&self) -> Vec<u8> {
-        Vec::new()
+    fn catalogue(&self) -> Catalogue {
+        Catalogue::new(Compression::Lz4)
+    }
+
+    fn apply(
+        &self,
+        command: &str,
+        arguments: &str,
+        catalogue: &Catalogue,
+    ) -> Result<NsOutcome, (Status, String)> {
+        apply_named_to_namespaces(command, arguments, catalogue, Compression::Lz4)
+    }
+
+    fn vote(&self, _wall: WallMicros, _request: &[u8]) -> Vote {
+        Box::pin(std::future::ready(Err("this node is on its own".to_owned())))
     }
 
     fn adopt_catalogue(&self, _bytes: &[u8]) -> AdminJob {

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use annulus_cluster::NodeId;
 use annulus_engine::disk::Disk;
 use annulus_engine::driver::RingDisk;
 use annulus_engine::identity::{self, Identity};
@@ -18,6 +19,7 @@ use super::shard::dir_name;
 use crate::cluster_key::ClusterKey;
 use crate::members::Members;
 use crate::namespaces::Catalogue;
+use crate::registers::Registers;
 
 /// File of the secret under which contexts are signed: 16 bytes.
 const SECRET_NAME: &str = "SECRET";
@@ -120,6 +122,12 @@ pub(super) async fn claim(
             catalogue.save(disk, dir).await.map_err(text)?;
             node.set_catalogue(catalogue);
         }
+    }
+    if facts.members.is_some() {
+        let own = NodeId::from(facts.node);
+        let registers = Registers::load(disk, dir, own).await.map_err(text)?;
+        let registers = registers.unwrap_or_else(|| Registers::new(own));
+        *node.registers.lock().await = Some(registers);
     }
     Ok((lock, facts))
 }

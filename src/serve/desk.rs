@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use annulus_cluster::NodeId;
 use annulus_engine::driver::RingDisk;
-use annulus_engine::model::PartitionId;
+use annulus_engine::model::{PartitionId, WallMicros};
 use annulus_net::wire::status::Status;
 use futures_channel::mpsc;
 use futures_channel::oneshot;
@@ -18,12 +18,12 @@ use super::map::ClientFacts;
 use super::node::{Ask, Node, NodeFacts, State};
 use crate::admin::Source as _;
 use crate::commands::{
-    Command, Copies, Placement, RepairReply, Replica, RingReply, SnapshotReply, SnapshotRow,
-    StatusReply, apply_to_namespaces,
+    Command, Copies, NsOutcome, Placement, RepairReply, Replica, RingReply, SnapshotReply,
+    SnapshotRow, StatusReply, apply_named_to_namespaces, apply_to_namespaces,
 };
 use crate::metrics::NodeSnapshot;
 use crate::namespaces::{Catalogue, DEFAULT_NAME};
-use crate::pump::{AdminDesk, AdminJob, ShardMap};
+use crate::pump::{AdminDesk, AdminJob, ShardMap, Vote};
 
 /// Directory of the snapshots inside the data directory.
 pub(crate) const SNAPSHOT_DIR: &str = "snapshots";
@@ -61,8 +61,29 @@ impl AdminDesk for Desk {
         self.node.note_client(node, ClientFacts { address: address.to_owned(), shard_count });
     }
 
-    fn catalogue(&self) -> Vec<u8> {
-        self.node.catalogue().encode()
+    fn catalogue(&self) -> Catalogue {
+        (*self.node.catalogue()).clone()
+    }
+
+    fn apply(
+        &self,
+        command: &str,
+        arguments: &str,
+        catalogue: &Catalogue,
+    ) -> Result<NsOutcome, (Status, String)> {
+        let compression = self.node.config().compression;
+        apply_named_to_namespaces(command, arguments, catalogue, compression)
+    }
+
+    fn vote(&self, wall: WallMicros, request: &[u8]) -> Vote {
+        let (desk, request) = (self.clone(), request.to_vec());
+        Box::pin(async move {
+            let mut registers = desk.node.registers.lock().await;
+            let registers = registers.as_mut().ok_or("this node is on its own")?;
+            let (dir, known) = (&desk.node.config().data_dir, desk.node.catalogue());
+            let vote = registers.vote(&desk.disk, dir, wall, &request, &known).await;
+            vote.map_err(|no_vote| no_vote.to_string())
+        })
     }
 
     fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob {

@@ -24,6 +24,7 @@ use crate::members::Members;
 use crate::metrics::{DiskLevel, NodeSnapshot, Process, ShardSnapshot};
 use crate::namespaces::Catalogue;
 use crate::pump::Message;
+use crate::registers::Registers;
 
 /// Who a node is: from its data directory.
 #[derive(Clone)]
@@ -96,6 +97,8 @@ pub(crate) struct Node {
     catalogue: RwLock<Arc<Catalogue>>,
     /// Held while the namespaces are being changed.
     pub(crate) changing: futures_util::lock::Mutex<()>,
+    /// What the node has promised and accepted as a holder of registers; none on its own.
+    pub(crate) registers: futures_util::lock::Mutex<Option<Registers>>,
     inboxes: RwLock<Vec<Option<Inbox>>>,
     disk_free: AtomicU64,
     disk_level: AtomicU8,
@@ -118,6 +121,7 @@ impl Node {
             changes: AtomicU64::new(1),
             catalogue: RwLock::new(Arc::new(catalogue)),
             changing: futures_util::lock::Mutex::new(()),
+            registers: futures_util::lock::Mutex::new(None),
             inboxes: RwLock::default(),
             disk_free: AtomicU64::new(0),
             disk_level: AtomicU8::new(0),

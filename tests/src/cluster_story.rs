@@ -44,6 +44,8 @@ pub struct Told {
     pub answered: u64,
     /// Turns of all pumps.
     pub turns: u64,
+    /// Changes of namespaces that operators were told are made.
+    pub changes: u64,
 }
 
 impl ClusterStory {
@@ -95,6 +97,7 @@ impl ClusterStory {
             disk_nanos_max: [MS / 10, MS / 10, 5 * MS, 50 * MS][chance.index(4)],
             weather: if fair { Weather::fair() } else { Weather::draw(&mut chance) },
             clients: u32::try_from(chance.between(2, 6)).expect("a few"),
+            operators: 0,
             mix,
             pause_max: [10, 40, 200][chance.index(3)] * MS,
         };
@@ -108,6 +111,20 @@ impl ClusterStory {
         let a_call = (options.pause_max * 2 / 5 + 2 * MS) / u64::from(options.clients);
         let nanos = (calls * a_call).clamp(300 * MS, 8_000 * MS);
         ClusterStory { options, severity, chapters: chance.between(1, 2), nanos }
+    }
+
+    /// A story of namespaces that are created and dropped on all nodes at once.
+    #[must_use]
+    pub fn draw_with_operators(seed: u64) -> ClusterStory {
+        let mut chance = Chance::new(seed ^ 0x0FE2);
+        let mut story = ClusterStory::draw(seed);
+        let options = &mut story.options;
+        options.nodes = [3, 3, 4, 5, 6][chance.index(5)];
+        options.replicas = 3;
+        options.clients = 2;
+        options.operators = u32::try_from(chance.between(2, 5)).expect("a few");
+        story.nanos = chance.between(2_000, 10_000) * MS;
+        story
     }
 
     /// Tells it.
@@ -149,6 +166,7 @@ impl ClusterStory {
                 .map(|(_, count)| count)
                 .sum(),
             turns: cluster.turns(),
+            changes: cluster.changes_of_namespaces().0,
         };
         Ok(told)
     }
@@ -200,7 +218,8 @@ impl ClusterStory {
         }
         cluster.mark_converged();
         let audited = cluster.audit();
-        let violations = cluster.violations();
+        let mut violations = cluster.violations();
+        violations.extend(cluster.wrong_changes());
         match audited {
             Err(problem) => Err(self.report(cluster, &problem, &violations)),
             Ok(()) if violations.is_empty() => Ok(()),

@@ -26,6 +26,7 @@ fn started(seed: u64, nodes: u32) -> SimCluster {
         disk_nanos_max: MS / 10,
         weather: Weather::fair(),
         clients: 0,
+        operators: 0,
         mix: CallMix {
             targets: vec![target],
             levels: vec![Level::Default],

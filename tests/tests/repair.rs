@@ -41,6 +41,7 @@ fn cluster() -> SimCluster {
         disk_nanos_max: 100_000,
         weather: Weather::fair(),
         clients: 0,
+        operators: 0,
         mix,
         pause_max: SECOND,
     });

@@ -5,6 +5,7 @@ use annulus_engine::model::{Context, Dot, Kind, OriginId, Record, WallMicros};
 use proptest::prelude::*;
 
 use super::*;
+use crate::member::NodeId;
 
 const SEED: u64 = 7;
 const WALL: WallMicros = WallMicros(1_000_000_000);
@@ -67,8 +68,9 @@ fn parts() -> impl Strategy<Value = Parts> {
     let key = prop::collection::vec(any::<u8>(), 1..20);
     let pairs = prop::collection::vec(any::<(u64, u64)>(), 0..5);
     let records = prop::collection::vec(records(), 1..4);
-    (1u8..=19, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
-        .prop_map(|(kind, choice, long, short, bytes, key, records, pairs)| Parts {
+    let kinds = prop_oneof![1u8..=19, 32u8..=35];
+    (kinds, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs).prop_map(
+        |(kind, choice, long, short, bytes, key, records, pairs)| Parts {
             page: records.iter().map(Record::as_ref).collect(),
             kind,
             choice,
@@ -78,7 +80,8 @@ fn parts() -> impl Strategy<Value = Parts> {
             key,
             records,
             pairs,
-        })
+        },
+    )
 }
 
 impl Parts {
@@ -150,10 +153,29 @@ impl Parts {
         }
     }
 
+    /// One that somebody may propose with.
+    fn ballot(&self, counter: u64) -> Ballot {
+        Ballot {
+            counter: (counter >> 2).max(1),
+            node: NodeId(self.short[0]),
+            session: self.long[3],
+        }
+    }
+
+    /// The state of a register that so many changes have made.
+    fn state(&self) -> State {
+        let changes = u64::from(self.choice % 40);
+        let state = State { version: self.long[2], ..State::default() };
+        (1..=changes).fold(state, |state, change| {
+            state.changed(self.ballot(change << 2), self.long[2], self.bytes.clone())
+        })
+    }
+
     fn message(&self) -> PeerMessage<'_> {
         let [id, long1, long2, long3] = self.long;
         let [deadline_us, epoch, index] = self.short;
         let partition = PartitionId(index & 0xffff);
+        let register = RegisterId(index);
         let entry = |(as_of, _): &(u64, u64)| TrackEntry {
             partition,
             as_of: Timestamp(*as_of),
@@ -223,6 +245,30 @@ impl Parts {
                 tokens: self.pairs.iter().map(|pair| Token(pair.0)).collect(),
             },
             14 => PeerMessage::Probe { id, sent_wall_us: long1, gossip: self.gossip() },
+            32 => PeerMessage::Prepare { register, ballot: self.ballot(id) },
+            33 => PeerMessage::Promise {
+                register,
+                ballot: self.ballot(id | 1 << 63),
+                result: match self.choice % 3 {
+                    0 => PrepareResult::Promised(Ballot::ZERO, self.state()),
+                    1 => PrepareResult::Promised(self.ballot(long1 >> 1), self.state()),
+                    _ => PrepareResult::Conflict(self.ballot(long1)),
+                },
+            },
+            34 => PeerMessage::Accept {
+                register,
+                ballot: self.ballot(id >> 1),
+                next: self.ballot(id | 1 << 63),
+                state: self.state(),
+            },
+            35 => PeerMessage::Accepted {
+                register,
+                ballot: self.ballot(id),
+                result: match self.choice % 2 {
+                    0 => AcceptResult::Accepted,
+                    _ => AcceptResult::Conflict(self.ballot(long1)),
+                },
+            },
             16 => PeerMessage::Settings {
                 client: &self.key,
                 generation: long1,
@@ -294,7 +340,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_refused_or_a_message(kind in 0u8..=20, bytes: Vec<u8>) {
+    fn any_bytes_are_refused_or_a_message(kind in 0u8..=36, bytes: Vec<u8>) {
         decode_hostile(&bytes);
         decode_hostile(&[&[kind], &bytes[..]].concat());
     }
@@ -358,13 +404,14 @@ fn every_kind_begins_with_its_number() {
         pairs: vec![(1, 2)],
     };
     let names: std::collections::BTreeSet<&str> = (1..=19)
+        .chain(32..=35)
         .map(|kind| {
             let parts = Parts { kind, ..parts.clone() };
             assert_eq!(encoded(&parts.message())[0], kind);
             parts.message().name()
         })
         .collect();
-    assert_eq!(names.len(), 19);
+    assert_eq!(names.len(), 23);
 }
 
 #[test]
@@ -527,4 +574,20 @@ fn siblings_are_checked_one_by_one() {
     assert_eq!(check_record(&ahead.as_ref(), SEED, 4, WALL), Err(Reason::Stamp));
     let noise = record(Kind::Siblings, b"key", b"\xff\xff\xff");
     assert_eq!(check_record(&noise.as_ref(), SEED, 4, WALL), Err(Reason::State));
+}
+
+#[test]
+fn messages_of_registers_that_no_proposer_sends_are_refused() {
+    let ballot = Ballot { counter: 7, node: NodeId(1), session: 3 };
+    let register = RegisterId::NAMESPACES;
+    let state = State::default();
+    let zero = PeerMessage::Prepare { register, ballot: Ballot::ZERO };
+    let beyond = Ballot { counter: 1 << 63, ..ballot };
+    let beyond = PeerMessage::Prepare { register, ballot: beyond };
+    let same = PeerMessage::Accept { register, ballot, next: ballot, state: state.clone() };
+    let result = PrepareResult::Promised(ballot, state);
+    let above = PeerMessage::Promise { register, ballot, result };
+    for message in [zero, beyond, same, above] {
+        assert!(PeerMessage::decode(&encoded(&message)).is_err(), "{message:?}");
+    }
 }

@@ -223,13 +223,14 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 
     /// Every write stamped by this shard at or below this stamp that will ever be is visible now:
-    /// later ones are stamped above it, whatever the wall clock does meanwhile.
+    /// later ones are stamped above it, whatever crashes and wall clocks do meanwhile. So after a
+    /// long silence it lags behind the clock once, until the log has a later ceiling.
     #[must_use]
     pub fn complete_up_to(&self, wall: WallMicros) -> Timestamp {
         let visible = self.state.log.visible();
         match self.state.unsettled.borrow_mut().oldest(visible) {
             Some(oldest) => Timestamp(oldest.0 - 1),
-            None => self.state.versions.borrow_mut().clock.tick(wall),
+            None => self.clock_now(wall),
         }
     }
 

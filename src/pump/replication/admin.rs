@@ -2,16 +2,15 @@
 //! placement, one row a member.
 //!
 //! ```text
-//! ns.create/set/drop  another member's shard -> the lowest id (Forward) -> its desk
+//! ns.create/set/drop  the register of namespaces: registers.rs. When it is changed:
 //!                     -> ns.adopt to all that can be reached -> their answers, or 2 s
-//!                     <- the catalogue and the reply; adopted here before the client hears of it
+//!                     <- the reply; adopted here before the client hears of it
 //! status              own row, and the row of each that can be reached (Forward), or 1 s
 //! ring                from the topology that every member computes alike
 //! ```
 //!
-//! Invariant: one member gives out ids of namespaces, so none is given twice; without it a change
-//! is refused as not started. A client that was told of a change finds it at the member that told
-//! him. What is not known of a member is said to be unknown, never guessed.
+//! Invariant: a client that was told of a change finds it at the member that told him. What is not
+//! known of a member is said to be unknown, never guessed.
 
 use std::collections::BTreeSet;
 
@@ -27,7 +26,6 @@ use annulus_net::wire::status::Status;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures_channel::oneshot;
-use futures_util::future::join_all;
 
 use crate::commands::{
     Command, Copies, MemberFacts, MemberStatus, Replica, RingQuery, RingReply, StatusReply,
@@ -37,39 +35,15 @@ use crate::pump::{Answer, Done, Origin, Pump, ShardMap, Wires};
 
 /// Between members only: takes over the catalogue in the arguments, in base64.
 const ADOPT: &str = "ns.adopt";
-/// How long the other members are waited for before a change is answered, in nanoseconds.
-const ADOPT_NANOS: u64 = 2_000_000_000;
 /// How long a member's row is waited for, in nanoseconds.
 const STATUS_NANOS: u64 = 1_000_000_000;
 
 /// What a member answered: status and body.
 pub(in crate::pump) type Told = (Status, Vec<u8>);
-type Telling = oneshot::Receiver<Told>;
-
-/// The change of a namespace, done here as the lowest member.
-#[derive(Debug)]
-pub(in crate::pump) struct Change {
-    origin: Origin,
-    reply: Vec<u8>,
-}
+pub(super) type Telling = oneshot::Receiver<Told>;
 
 fn changes_namespaces(command: &str) -> bool {
     matches!(command, "ns.create" | "ns.set" | "ns.drop")
-}
-
-/// The reply of a forwarded change: the catalogue after it, then what the client is told.
-fn with_catalogue(catalogue: &[u8], reply: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(catalogue.len()).expect("a catalogue is small");
-    let mut body = Vec::with_capacity(4 + catalogue.len() + reply.len());
-    body.extend_from_slice(&size.to_le_bytes());
-    body.extend_from_slice(catalogue);
-    body.extend_from_slice(reply);
-    body
-}
-
-fn without_catalogue(body: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (size, rest) = body.split_first_chunk::<4>()?;
-    rest.split_at_checked(usize::try_from(u32::from_le_bytes(*size)).ok()?)
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
@@ -84,15 +58,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         command: &str,
         arguments: &str,
     ) -> Result<(), Origin> {
-        let Some(replication) = &self.replication else { return Err(origin) };
+        if self.replication.is_none() {
+            return Err(origin);
+        }
         match command {
             _ if changes_namespaces(command) => {
-                match replication.lowest() {
-                    lowest if lowest == replication.topology.own() => {
-                        self.change_namespaces(origin, command, arguments);
-                    }
-                    lowest => self.change_elsewhere(origin, lowest, deadline, command, arguments),
-                }
+                self.change_namespaces(origin, deadline, command, arguments);
                 Ok(())
             }
             "status" => {
@@ -141,15 +112,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     Done::Admin { origin, reply }
                 });
             }
-            command if !changes_namespaces(command) => {
-                let failure = Failure::new(Status::UNSUPPORTED, "not handed on between nodes");
-                self.answer(origin, &Answer::Failure(failure), wires);
-            }
-            command if replication.lowest() == replication.topology.own() => {
-                self.change_namespaces(origin, command, admin.json);
-            }
             _ => {
-                let failure = Failure::new(Status::UNAVAILABLE, "another node changes namespaces");
+                let failure = Failure::new(Status::UNSUPPORTED, "not handed on between nodes");
                 self.answer(origin, &Answer::Failure(failure), wires);
             }
         }
@@ -157,78 +121,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     // ---- namespaces -------------------------------------------------------------------------
 
-    /// Makes the change here, as the member with the lowest id.
-    fn change_namespaces(&mut self, origin: Origin, command: &str, arguments: &str) {
-        let job = self.desk.begin(command, arguments);
-        self.spawn(async move {
-            match job.await {
-                Ok(reply) => Done::Changed(Change { origin, reply }),
-                Err(refusal) => Done::Admin { origin, reply: Err(refusal) },
-            }
-        });
-    }
-
-    /// The change is made and durable: all that can be reached take it over before it is answered.
-    pub(in crate::pump) fn changed(&mut self, Change { origin, reply }: Change) {
-        let catalogue = self.desk.catalogue();
-        let asker = match &origin {
-            Origin::Forward { from, .. } => Some(from.node),
-            _ => None,
-        };
-        let Some(replication) = &self.replication else { return };
-        // The one that handed it on gets the catalogue with the answer.
-        let others: Vec<NodeId> =
-            replication.peers.keys().copied().filter(|node| Some(*node) != asker).collect();
-        let (arguments, deadline) =
-            (STANDARD.encode(&catalogue), self.now.after_nanos(ADOPT_NANOS));
-        let asked: Vec<Telling> = others
-            .into_iter()
-            .filter_map(|node| self.ask_member(node, deadline, ADOPT, &arguments))
-            .collect();
-        let reply = if asker.is_some() { with_catalogue(&catalogue, &reply) } else { reply };
-        self.spawn(async move {
-            // Who has not answered hears of it with the settings, as soon as he can be reached.
-            join_all(asked).await;
-            Done::Admin { origin, reply: Ok(reply) }
-        });
-    }
-
-    /// Hands the change on to the lowest member; what it answers is known here before the client
-    /// is told.
-    fn change_elsewhere(
-        &mut self,
-        origin: Origin,
-        lowest: NodeId,
-        deadline: Instant,
-        command: &str,
-        arguments: &str,
-    ) {
-        let Some(telling) = self.ask_member(lowest, deadline, command, arguments) else {
-            let what = format!(
-                "namespaces are changed by node {}, the lowest id, which cannot be reached",
-                lowest.0
-            );
-            let reply = Err((Status::UNAVAILABLE, what));
-            return self.spawn(async move { Done::Admin { origin, reply } });
-        };
-        let desk = std::rc::Rc::clone(&self.desk);
-        self.spawn(async move {
-            let doubt = |what: &str| Err((Status::MAY_BE_APPLIED, what.to_owned()));
-            let reply = match telling.await {
-                Ok((Status::OK, body)) => match without_catalogue(&body) {
-                    Some((catalogue, reply)) => match desk.adopt_catalogue(catalogue).await {
-                        Ok(_) => Ok(reply.to_vec()),
-                        Err((_, what)) => {
-                            doubt(&format!("changed, but this node could not keep it: {what}"))
-                        }
-                    },
-                    None => doubt("the answer of the node that changes namespaces is none"),
-                },
-                Ok((status, body)) => return Done::Told { origin, status, body },
-                Err(oneshot::Canceled) => doubt("the node that changes namespaces is gone"),
-            };
-            Done::Admin { origin, reply }
-        });
+    /// Has all that can be reached take over this node's catalogue; ends with each one's answer.
+    pub(super) fn tell_catalogue(&mut self, deadline: Instant) -> Vec<Telling> {
+        let arguments = STANDARD.encode(self.desk.catalogue().encode());
+        let Some(replication) = &self.replication else { return Vec::new() };
+        let others: Vec<NodeId> = replication.peers.keys().copied().collect();
+        let ask = |node| self.ask_member(node, deadline, ADOPT, &arguments);
+        others.into_iter().filter_map(ask).collect()
     }
 
     // ---- status and ring --------------------------------------------------------------------
@@ -350,13 +249,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     }
 }
 
-impl super::Replication {
-    /// The member that changes namespaces.
-    fn lowest(&self) -> NodeId {
-        self.topology.nodes().first().map_or(self.topology.own(), |node| node.id)
-    }
-}
-
 /// A member's own row, with whom it reaches.
 fn member_status(json: &[u8], reaches: BTreeSet<u32>) -> Result<Vec<u8>, (Status, String)> {
     let failed = |error: serde_json::Error| (Status::FAILED, error.to_string());
@@ -364,17 +256,4 @@ fn member_status(json: &[u8], reaches: BTreeSet<u32>) -> Result<Vec<u8>, (Status
     let row = status.nodes.into_iter().next();
     let row = row.ok_or_else(|| (Status::FAILED, "no row".to_owned()))?;
     serde_json::to_vec(&MemberStatus { row, reaches }).map_err(failed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_catalogue_travels_in_front_of_the_reply() {
-        let body = with_catalogue(b"abc", b"{}");
-        assert_eq!(without_catalogue(&body), Some((&b"abc"[..], &b"{}"[..])));
-        assert_eq!(without_catalogue(&[9, 0, 0, 0, 1]), None);
-        assert_eq!(without_catalogue(&[1, 0]), None);
-    }
 }

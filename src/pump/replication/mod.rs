@@ -8,6 +8,7 @@
 //!                     repair.rs       replicas that should be equal are compared
 //!                     refill.rs       what a damaged disk held comes from others
 //!                     gossip.rs       who is there
+//! operator's command  -> admin.rs, registers.rs   what all members agree on
 //! ```
 //!
 //! Invariant: nothing is sent from where a message is made; letters are gathered and leave at the
@@ -19,6 +20,7 @@ mod exchange;
 mod forward;
 mod gossip;
 mod refill;
+mod registers;
 mod repair;
 mod replica;
 mod sync;
@@ -37,13 +39,14 @@ use annulus_engine::runtime::Runtime;
 use annulus_net::wire::status::Status;
 
 use super::{Lane, Links, Origin, Pump, ShardMap, Wires};
-pub(super) use admin::Change;
 use coordinate::Operation;
 pub(super) use coordinate::OwnWrite;
 use forward::Forwarded;
 use gossip::Gossip;
 pub(super) use refill::FilledPage;
 use refill::Refill;
+pub(super) use registers::Changed;
+use registers::Registers;
 use repair::Repair;
 pub use repair::RepairFigures;
 pub(super) use sync::MergedPage;
@@ -96,6 +99,7 @@ pub(super) struct Replication {
     repair: Repair,
     refill: Refill,
     gossip: Gossip,
+    registers: Registers,
     letters: Vec<Letter>,
     /// What the coordinator decided and the end of the turn carries out.
     actions: Vec<Action>,
@@ -111,10 +115,16 @@ pub(super) struct Replication {
 }
 
 impl Replication {
-    pub(super) fn new(options: ReplicationOptions, map: ShardMap, now: Instant) -> Replication {
+    pub(super) fn new(
+        options: ReplicationOptions,
+        cluster: u128,
+        map: ShardMap,
+        now: Instant,
+    ) -> Replication {
         let own = options.topology.own();
         let shared = Shared::new(&options.topology, map.own(), map.count());
         let first_id = options.life << 32;
+        let registers = Registers::new(&options, cluster, map);
         let mut coordinator = Coordinator::new(own, CoordinatorOptions::default(), first_id);
         for node in options.topology.nodes().iter().filter(|node| node.id != own) {
             coordinator.health_mut().set_linked(node.id, false);
@@ -137,6 +147,7 @@ impl Replication {
             repair: Repair::new(options.life, now),
             refill: Refill::new(now),
             gossip,
+            registers,
             letters: Vec::new(),
             actions: Vec::new(),
             refusals: Vec::new(),
@@ -189,7 +200,8 @@ impl Replication {
     pub(super) fn next_timeout(&mut self) -> Instant {
         let operations = self.coordinator.next_timeout();
         let forwards = (!self.forwarded.is_empty()).then_some(self.next_sweep);
-        let soonest = operations.into_iter().chain(forwards).min();
+        let registers = self.registers.next_timeout();
+        let soonest = operations.into_iter().chain(forwards).chain(registers).min();
         let background = self.next_exchange.min(self.repair.next_timeout());
         let background = self.gossip.next_timeout().map_or(background, |at| at.min(background));
         soonest.map_or(background, |at| at.min(background))
@@ -201,7 +213,10 @@ impl Replication {
 
     /// Whether nobody waits for another node.
     pub(super) fn is_idle(&self) -> bool {
-        self.forwarded.is_empty() && self.actions.is_empty() && self.coordinator.is_empty()
+        self.forwarded.is_empty()
+            && self.actions.is_empty()
+            && self.coordinator.is_empty()
+            && self.registers.is_idle()
     }
 }
 
@@ -228,6 +243,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// The end of a turn: what was decided is carried out, and all letters leave.
     pub(super) fn replicate(&mut self, wires: &mut dyn Wires, links: &mut dyn Links) -> bool {
         let mut worked = self.act(wires);
+        worked |= self.registers_turn();
         self.exchange_turn();
         self.repair_turn();
         self.gossip_turn();

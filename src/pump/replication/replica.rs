@@ -61,6 +61,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             | PeerMessage::ProbeFor { .. }
             | PeerMessage::ProbeForDone { .. }
             | PeerMessage::Gossip { .. } => self.hear_gossip(from, &message),
+            PeerMessage::Prepare { .. } | PeerMessage::Accept { .. } => self.vote(from, bytes),
+            answer @ (PeerMessage::Promise { .. } | PeerMessage::Accepted { .. }) => {
+                self.holder_answered(from.node, answer);
+            }
             background => self.exchange(from, &background, bytes),
         }
     }

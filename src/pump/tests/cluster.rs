@@ -10,21 +10,26 @@ use annulus_net::wire::frame::Opcode;
 use annulus_net::wire::hello::Node as NodeFact;
 use annulus_net::wire::response;
 use annulus_net::wire::scan::Scan;
+use futures_util::lock::Mutex;
 use serde_json::Value;
 
 use super::*;
 use crate::commands::{
-    Command, Named, NsChange, Placement, RingQuery, RingReply, StatusReply, apply_to_namespaces,
+    Command, Named, NsChange, NsOutcome, Placement, RingQuery, RingReply, StatusReply,
+    apply_named_to_namespaces,
 };
 use crate::metrics::NodeSnapshot;
 use crate::namespaces::{self, Settings};
+use crate::registers::Registers;
 
 const BITS: u32 = 6;
 const MS: u64 = 1_000_000;
 
-/// The desk of a node without a disk of its own.
+/// The desk of a node that keeps its votes on disk, and its namespaces in memory.
 struct MemoryDesk {
     node: u32,
+    disk: SimDisk,
+    registers: Rc<Mutex<Registers>>,
     catalogue: RefCell<Catalogue>,
     changed: Cell<bool>,
 }
@@ -49,11 +54,7 @@ impl MemoryDesk {
             let numbers = NodeSnapshot { node: self.node, ..NodeSnapshot::default() };
             return Ok(serde_json::to_vec(&StatusReply::of_one(&placement, &numbers)).unwrap());
         }
-        let catalogue = self.catalogue.borrow().clone();
-        let outcome = apply_to_namespaces(&command, &catalogue, Compression::Lz4).unwrap();
-        let outcome = outcome.map_err(|refusal| (refusal.status(), refusal.to_string()))?;
-        outcome.changed.into_iter().for_each(|changed| self.set(changed));
-        Ok(outcome.reply.to_string().into())
+        panic!("{} is not the node's own business", command.name());
     }
 }
 
@@ -68,8 +69,27 @@ impl AdminDesk for MemoryDesk {
 
     fn note_client(&self, _node: NodeId, _address: &str, _shards: u32) {}
 
-    fn catalogue(&self) -> Vec<u8> {
-        self.catalogue.borrow().encode()
+    fn catalogue(&self) -> Catalogue {
+        self.catalogue.borrow().clone()
+    }
+
+    fn apply(
+        &self,
+        command: &str,
+        arguments: &str,
+        catalogue: &Catalogue,
+    ) -> Result<NsOutcome, (Status, String)> {
+        apply_named_to_namespaces(command, arguments, catalogue, Compression::Lz4)
+    }
+
+    fn vote(&self, wall: WallMicros, request: &[u8]) -> Vote {
+        let (registers, disk) = (Rc::clone(&self.registers), self.disk.clone());
+        let (request, known) = (request.to_vec(), self.catalogue());
+        Box::pin(async move {
+            let mut registers = registers.lock().await;
+            let vote = registers.vote(&disk, Path::new("data"), wall, &request, &known).await;
+            vote.map_err(|no_vote| no_vote.to_string())
+        })
     }
 
     fn adopt_catalogue(&self, bytes: &[u8]) -> AdminJob {
@@ -193,6 +213,8 @@ impl Cluster {
         let catalogue = Catalogue::new(Compression::Lz4);
         let desk = Rc::new(MemoryDesk {
             node: id,
+            disk: disk.clone(),
+            registers: Rc::new(Mutex::new(Registers::new(NodeId(id)))),
             catalogue: RefCell::new(catalogue.clone()),
             changed: Cell::new(false),
         });
@@ -328,6 +350,11 @@ impl Cluster {
     }
 
     fn admin(&mut self, at: u32, command: &Command) -> (Status, Vec<u8>) {
+        let id = self.begin_admin(at, command);
+        self.wait(at, id)
+    }
+
+    fn begin_admin(&mut self, at: u32, command: &Command) -> u64 {
         self.next_id += 1;
         let id = self.next_id;
         let now = self.executor.runtime().now();
@@ -336,7 +363,7 @@ impl Cluster {
         let origin = Origin::Shard { shard: 1, id };
         let deadline = now.after_nanos(5_000 * MS);
         pump.begin_admin(origin, deadline, command.name(), &command.arguments());
-        self.wait(at, id)
+        id
     }
 
     fn create(&mut self, at: u32, name: &str, settings: Settings) -> (Status, Value) {
@@ -397,12 +424,64 @@ fn a_namespace_is_known_where_it_was_made_and_no_id_is_given_twice() {
 }
 
 #[test]
-fn without_the_lowest_member_namespaces_stay_as_they_are() {
+fn any_member_may_be_away_and_namespaces_change_without_it() {
+    for away in 1..=3u32 {
+        let mut cluster = Cluster::new(3);
+        cluster.cut_off(away);
+        let mut ids = BTreeSet::new();
+        for (at, name) in (1..=3u32).filter(|at| *at != away).zip(["a", "b"]) {
+            let (status, reply) = cluster.create(at, name, Settings::default());
+            assert_eq!(status, Status::OK, "without {away}, at {at}: {reply}");
+            assert!(ids.insert(reply["id"].as_u64().unwrap()));
+        }
+    }
+}
+
+#[test]
+fn without_a_majority_of_the_holders_namespaces_stay_as_they_are_and_keys_do_not() {
     let mut cluster = Cluster::new(3);
     cluster.cut_off(1);
-    let (status, _) = cluster.create(2, "a", Settings::default());
+    cluster.cut_off(3);
+    let change = NsChange { name: "a".into(), settings: Settings::default() };
+    let (status, body) = cluster.admin(2, &Command::NsCreate(change));
+    assert_eq!(status, Status::UNAVAILABLE);
+    let failure = response::decode_failure(status, &body).unwrap();
+    let expected = "namespaces are changed by 2 of the nodes 1, 2, 3; 1 can be reached";
+    assert_eq!(failure.message, expected);
+    let (status, _) = cluster.get(2, 0, "k", OperationFlags::default());
     assert_eq!(status, Status::UNAVAILABLE);
     assert!(cluster.nodes.iter().all(|node| node.desk.catalogue.borrow().by_name("a").is_none()));
+}
+
+#[test]
+fn members_that_change_namespaces_at_once_give_no_id_twice() {
+    let mut cluster = Cluster::new(5);
+    let mut asked = Vec::new();
+    for at in 1..=5 {
+        for name in ["same".to_owned(), format!("own-{at}")] {
+            let change = NsChange { name: name.clone(), settings: Settings::default() };
+            asked.push((at, name, cluster.begin_admin(at, &Command::NsCreate(change))));
+        }
+    }
+    let mut made = BTreeMap::new();
+    for (at, name, id) in asked {
+        let (status, body) = cluster.wait(at, id);
+        match status {
+            Status::OK => {
+                let reply: Value = serde_json::from_slice(&body).unwrap();
+                let id = reply["id"].as_u64().unwrap();
+                assert!(made.insert(id, name.clone()).is_none(), "{id} is given twice");
+            }
+            _ => assert_eq!((status, name.as_str()), (Status::FAILED, "same")),
+        }
+    }
+    assert_eq!(made.len(), 6);
+    for node in &cluster.nodes {
+        let catalogue = node.desk.catalogue.borrow();
+        assert_eq!(catalogue.generation(), 7);
+        assert_eq!(made.len(), catalogue.iter().filter(|it| it.id.0 > 0).count());
+        assert!(catalogue.iter().skip(1).all(|it| made[&u64::from(it.id.0)] == it.name));
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use annulus_engine::sim::Step;
 use super::client::Wish;
 use super::host::{Change, node_id};
 use super::wires::{Delivery, Output};
-use super::{Route, SimCluster};
+use super::{Route, SimCluster, operator};
 use crate::checker::Violation;
 use crate::history::Mark;
 use crate::network::{Parcel, Place};
@@ -96,7 +96,8 @@ impl SimCluster {
     /// When the next thing arrives, or a client acts.
     fn next_arrival(&self) -> Option<Instant> {
         let clients = self.clients.iter().filter_map(|client| client.next_at());
-        clients.chain(self.network.next_due()).chain(self.streams.next_due()).min()
+        let operators = self.operators.iter().filter_map(|operator| operator.next_at());
+        clients.chain(operators).chain(self.network.next_due()).chain(self.streams.next_due()).min()
     }
 
     /// A task of the group was polled.
@@ -203,6 +204,14 @@ impl SimCluster {
                         host.push_input(input);
                     }
                 }
+                Delivery::ToClient(client, key, output) if client >= operator::FIRST => {
+                    let operator = &mut self.operators[(client - operator::FIRST) as usize];
+                    match output {
+                        Output::Bytes(bytes) => operator.received(key, &bytes, now, &mut wishes),
+                        Output::Closed => operator.closed(key, now),
+                    }
+                    self.grant(&mut wishes, now);
+                }
                 Delivery::ToClient(client, key, output) => {
                     let Some(client) = self.clients.get_mut(client as usize) else { continue };
                     match output {
@@ -221,16 +230,31 @@ impl SimCluster {
                 self.grant(&mut wishes, now);
             }
         }
+        for index in 0..self.operators.len() {
+            if self.operators[index].next_at().is_some_and(|next| next <= now) {
+                self.operators[index].act(now, &mut wishes);
+                self.grant(&mut wishes, now);
+            }
+        }
     }
 
-    /// Does what a client wishes.
+    /// The shard of a node that a client or operator connects to.
+    fn place_for(&mut self, number: u32, node: u32) -> Place {
+        let shards = self.common.shards;
+        match number.checked_sub(operator::FIRST) {
+            None => self.clients[number as usize].place_on(node, shards),
+            Some(index) => Place { node, shard: self.operators[index as usize].shard_of(shards) },
+        }
+    }
+
+    /// Does what a client or operator wishes.
     fn grant(&mut self, wishes: &mut Vec<Wish>, now: Instant) {
         for wish in wishes.drain(..) {
             match wish {
                 Wish::Connect(key, node) => {
                     // The low half of the key is the client's number.
                     let number = u32::try_from(key.0 & 0xffff_ffff).expect("half of a key");
-                    let place = self.clients[number as usize].place_on(node, self.common.shards);
+                    let place = self.place_for(number, node);
                     let is_up = self.nodes[node as usize].hosts[place.shard as usize].is_up();
                     if is_up {
                         self.routes.insert(key, Route { client: number, place });

@@ -12,8 +12,8 @@ use std::rc::Rc;
 use annulus::metrics::ShardSnapshot;
 use annulus::namespaces::Catalogue;
 use annulus::pump::{
-    AdminDesk, AdminJob, ConnectionKey, Lane, Message, Pump, PumpOptions, ReplicationOptions,
-    ShardMap, Verdict, Wires as _,
+    ConnectionKey, Lane, Message, Pump, PumpOptions, ReplicationOptions, ShardMap, Verdict,
+    Wires as _,
 };
 use annulus_cluster::tracking::PeerShard;
 use annulus_cluster::{NodeId, Topology};
@@ -29,6 +29,7 @@ use annulus_engine::sim::{Chance, SimDisk, SimDiskOptions, SimExecutor, SimRunti
 use annulus_net::server_connection::{ConnectionOptions, ServerFacts};
 use annulus_net::wire::hello::{Limits, VERSION, Welcome};
 
+use super::desk::{DeskOf, Generations, SharedDesk, SimDesk};
 use super::wires::{Input, SimLinks, SimMesh, SimWires};
 use crate::network::{Parcel, Place};
 use crate::workload::HASH_SEED;
@@ -48,7 +49,7 @@ type Slot<T> = Rc<RefCell<Option<T>>>;
 /// How far the shard is.
 enum Stage {
     Down,
-    Opening(Slot<Result<SimShard>>),
+    Opening(Slot<Result<(SimShard, Rc<SimDesk>)>>),
     Up(Box<SimPump>),
     Draining(Box<SimPump>, Instant),
     Closing(Slot<Result<()>>),
@@ -71,6 +72,8 @@ pub(super) struct Common {
     pub(super) catalogue: Rc<Catalogue>,
     /// By node, as each sees it; empty in a cluster of one.
     pub(super) topologies: Vec<Rc<Topology>>,
+    /// Of the catalogues of all nodes, ever.
+    pub(super) generations: Rc<RefCell<Generations>>,
 }
 
 /// What a turn gave out.
@@ -90,6 +93,9 @@ pub(super) struct Host {
     pub(super) runtime: SimRuntime,
     pub(super) disk: SimDisk,
     stage: Stage,
+    /// Of its node, while the shard is up, and how often its catalogue had changed when the pump
+    /// was told of it.
+    desk: Option<(Rc<SimDesk>, u64)>,
     inputs: VecDeque<Input>,
     mesh: VecDeque<Message>,
     parcels: VecDeque<Parcel>,
@@ -104,28 +110,6 @@ pub(super) struct Host {
     pub(super) dirty: bool,
     /// When the pump wants to be called though nothing arrives.
     pub(super) timeout: Option<Instant>,
-}
-
-struct NoDesk;
-
-impl AdminDesk for NoDesk {
-    fn begin(&self, _command: &str, _arguments: &str) -> AdminJob {
-        Box::pin(std::future::ready(Ok(Vec::new())))
-    }
-
-    fn client_address(&self) -> String {
-        String::new()
-    }
-
-    fn note_client(&self, _node: NodeId, _address: &str, _shards: u32) {}
-
-    fn catalogue(&self) -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn adopt_catalogue(&self, _bytes: &[u8]) -> AdminJob {
-        Box::pin(std::future::ready(Ok(Vec::new())))
-    }
 }
 
 impl Host {
@@ -147,6 +131,7 @@ impl Host {
             runtime,
             disk,
             stage: Stage::Down,
+            desk: None,
             inputs: VecDeque::new(),
             mesh: VecDeque::new(),
             parcels: VecDeque::new(),
@@ -189,17 +174,29 @@ impl Host {
         }
     }
 
-    /// Begins to open the shard.
-    pub(super) fn start(&mut self, common: &Common) {
+    /// The namespaces as its node has them; none if it does not serve.
+    pub(super) fn catalogue(&self) -> Option<Rc<Catalogue>> {
+        self.desk.as_ref().map(|(desk, _)| desk.shared_catalogue())
+    }
+
+    /// Begins to open the shard; the first to come opens the node's desk, on its first disk.
+    pub(super) fn start(&mut self, common: &Common, shared: &SharedDesk, desk_disk: &SimDisk) {
         assert!(self.is_down(), "a shard is started when it is down");
         self.life += 1;
         let slot = Slot::default();
         let (disk, runtime) = (self.disk.clone(), self.runtime.clone());
         let identity = Identity { created: self.created, ..identity(self.place, common) };
         let options = common.options;
-        let told = Rc::clone(&slot);
+        let (told, shared) = (Rc::clone(&slot), Rc::clone(shared));
+        let owner = (node_id(self.place.node), desk_disk.clone());
+        let (first, generations) = (Rc::clone(&common.catalogue), Rc::clone(&common.generations));
         self.runtime.spawn(Class::Foreground, async move {
-            let opened = open(disk, runtime, &identity, options).await;
+            let open = async {
+                let shard = open(disk, runtime, &identity, options).await?;
+                let desk = SimDesk::open(&shared, owner, &first, generations).await?;
+                Ok((shard, desk))
+            };
+            let opened = open.await;
             *told.borrow_mut() = Some(opened);
         });
         self.stage = Stage::Opening(slot);
@@ -207,7 +204,7 @@ impl Host {
 
     /// Ends at once; what was under way inside is lost. Connections that it had are given back.
     pub(super) fn end(&mut self, executor: &SimExecutor) -> Vec<ConnectionKey> {
-        self.stage = Stage::Down;
+        (self.stage, self.desk) = (Stage::Down, None);
         executor.kill_group(self.group);
         self.inputs.clear();
         self.mesh.clear();
@@ -235,10 +232,11 @@ impl Host {
             Stage::Opening(slot) => {
                 let opened = slot.borrow_mut().take()?;
                 match opened {
-                    Ok(shard) => {
-                        let options = self.pump_options(common);
+                    Ok((shard, desk)) => {
+                        let options = self.pump_options(common, &desk);
                         let mut pump = Pump::new(shard, self.runtime.clone(), options);
-                        pump.set_catalogue(Rc::clone(&common.catalogue));
+                        pump.set_catalogue(desk.shared_catalogue());
+                        self.desk = Some((Rc::clone(&desk), desk.changes()));
                         self.stage = Stage::Up(Box::new(pump));
                         self.dirty = true;
                         Some(Change::Opened)
@@ -300,6 +298,12 @@ impl Host {
         };
         let now = self.runtime.now();
         pump.tick(now);
+        if let Some((desk, told)) = &mut self.desk
+            && *told != desk.changes()
+        {
+            *told = desk.changes();
+            pump.set_catalogue(desk.shared_catalogue());
+        }
         for input in self.inputs.drain(..) {
             take_input(pump, &mut self.wires, input);
         }
@@ -354,7 +358,7 @@ impl Host {
         (self.stage, self.timeout, self.dirty) = (Stage::Closing(slot), None, false);
     }
 
-    fn pump_options(&self, common: &Common) -> PumpOptions {
+    fn pump_options(&self, common: &Common, desk: &Rc<SimDesk>) -> PumpOptions {
         let Identity { shard_count, partition_bits, hash_seed, node, cluster, .. } =
             identity(self.place, common);
         let welcome = Welcome {
@@ -377,9 +381,9 @@ impl Host {
             facts: ServerFacts { welcome, options: ConnectionOptions::default() },
             map: ShardMap::new(self.place.shard, shard_count, partition_bits),
             secret: SECRET,
-            catalogue: Rc::clone(&common.catalogue),
+            catalogue: desk.shared_catalogue(),
             message_memory: 4 << 20,
-            desk: Rc::new(NoDesk),
+            desk: Rc::new(DeskOf(Rc::clone(desk))),
             replication: common.topologies.get(self.place.node as usize).map(|topology| {
                 ReplicationOptions { topology: Rc::clone(topology), life: self.life }
             }),

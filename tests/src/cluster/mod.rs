@@ -10,13 +10,15 @@
 //!                                       mesh of the node <-- pump --> Network, other nodes
 //! ```
 //!
-//! `host.rs` is one shard, `wires.rs` the connections, `client.rs` the clients, `book.rs` what
-//! they saw, `drive.rs` the loop. Nodes have numbers from 0; as origins of writes, from 1.
+//! `host.rs` is one shard, `desk.rs` what a node's shards share, `wires.rs` the connections,
+//! `client.rs` the clients, `operator.rs` who changes namespaces, `book.rs` what clients saw, `drive.rs` the loop. Nodes have numbers from 0; as origins of writes, from 1.
 
 mod book;
 mod client;
+mod desk;
 mod drive;
 mod host;
+mod operator;
 mod wires;
 
 use std::collections::BTreeMap;
@@ -43,7 +45,9 @@ use crate::network::{Network, Place, Weather};
 use crate::store::tiny_options;
 use book::Book;
 use client::Client;
+use desk::SharedDesk;
 use host::{Common, Host};
+use operator::Operator;
 use wires::Streams;
 
 /// The namespace in which the last write wins.
@@ -74,6 +78,8 @@ pub struct ClusterOptions {
     pub weather: Weather,
     /// Clients.
     pub clients: u32,
+    /// Who creates and drops namespaces meanwhile.
+    pub operators: u32,
     /// What they ask.
     pub mix: CallMix,
     /// Their longest pause between two calls, in nanoseconds.
@@ -115,6 +121,7 @@ pub struct SimCluster {
     streams: Streams,
     routes: BTreeMap<ConnectionKey, Route>,
     clients: Vec<Client>,
+    operators: Vec<Operator>,
     mix: CallMix,
     disk_nanos_max: u64,
     book: Book,
@@ -142,6 +149,7 @@ impl SimCluster {
             options: engine,
             catalogue: Rc::new(catalogue(options.replicas)),
             topologies: topologies(options, engine.partition_bits),
+            generations: Rc::default(),
         };
         let mut group = 0;
         let mut host = |node, shard, chance: &mut Chance| {
@@ -170,6 +178,9 @@ impl SimCluster {
                 Client::new(number, options.nodes, seed, &options.mix, pause_max, now)
             })
             .collect();
+        let operators = (0..options.operators)
+            .map(|index| Operator::new(index, options.nodes, chance.next_u64(), now))
+            .collect();
         let mut book = Book::default();
         let window_nanos = match options.durability {
             Durability::Sync => 0,
@@ -193,6 +204,7 @@ impl SimCluster {
             common,
             nodes,
             clients,
+            operators,
             mix: options.mix.clone(),
             disk_nanos_max: options.disk_nanos_max,
             book,
@@ -306,7 +318,8 @@ impl SimCluster {
         if node.hosts.iter().all(Host::is_down) {
             node.wanted = true;
             node.disturbed = now;
-            node.hosts.iter_mut().for_each(|host| host.start(common));
+            let (shared, disk) = (SharedDesk::default(), node.hosts[0].disk.clone());
+            node.hosts.iter_mut().for_each(|host| host.start(common, &shared, &disk));
         }
     }
 
@@ -478,6 +491,7 @@ impl SimCluster {
     /// Clients make no more calls; those under way go on.
     pub fn quiet(&mut self) {
         self.clients.iter_mut().for_each(|client| client.is_quiet = true);
+        self.operators.iter_mut().for_each(|operator| operator.is_quiet = true);
     }
 
     /// Clients make calls again.
@@ -485,6 +499,9 @@ impl SimCluster {
         let now = self.now();
         for client in &mut self.clients {
             client.wake(now);
+        }
+        for operator in &mut self.operators {
+            operator.wake(now);
         }
     }
 
@@ -507,7 +524,9 @@ impl SimCluster {
         };
         let ended = self.drive_until(until, done);
         self.clients.truncate(drivers);
-        let over = self.routes.extract_if(.., |_, route| route.client as usize >= drivers);
+        let auditors = drivers..operator::FIRST as usize;
+        let is_over = |route: &Route| auditors.contains(&(route.client as usize));
+        let over = self.routes.extract_if(.., |_, route| is_over(route));
         for (key, route) in over {
             self.streams.closed_by_client(now, key, route.place);
         }
@@ -572,6 +591,12 @@ impl SimCluster {
             found.extend(checker::converge::check(partition, &dumps));
             found.extend(self.left_overs(partition));
         }
+        let catalogues = self.catalogues();
+        if catalogues.windows(2).any(|pair| pair[0] != pair[1]) {
+            let generations: Vec<u64> = catalogues.iter().map(|it| it.generation()).collect();
+            let what = format!("the nodes have namespaces of generations {generations:?}");
+            found.push(Violation { checker: "namespaces", key: 0, event: None, what });
+        }
         found
     }
 
@@ -601,6 +626,30 @@ impl SimCluster {
                 })
             })
             .collect()
+    }
+
+    /// The namespaces as each node that serves has them.
+    #[must_use]
+    pub fn catalogues(&self) -> Vec<Rc<Catalogue>> {
+        self.nodes.iter().filter_map(|node| node.hosts[0].catalogue()).collect()
+    }
+
+    /// How many changes of namespaces operators were told are made, and how many may be.
+    #[must_use]
+    pub fn changes_of_namespaces(&self) -> (u64, u64) {
+        operator::counts(&self.operators)
+    }
+
+    /// Which changes of namespaces were lost, made twice, or made although they were not started.
+    /// Asked when all nodes serve and have the same.
+    #[must_use]
+    pub fn wrong_changes(&self) -> Vec<Violation> {
+        let wrong = self
+            .catalogues()
+            .first()
+            .map_or_else(Vec::new, |catalogue| operator::check(&self.operators, catalogue));
+        let violation = |what| Violation { checker: "namespaces", key: 0, event: None, what };
+        wrong.into_iter().map(violation).collect()
     }
 
     /// What nodes hold of a partition that is not theirs: they should have handed it over.
@@ -651,6 +700,12 @@ impl SimCluster {
     #[must_use]
     pub fn violations(&self) -> Vec<Violation> {
         let mut found = self.broken.clone();
+        found.extend(self.common.generations.borrow().forks.iter().map(|what| Violation {
+            checker: "namespaces",
+            key: 0,
+            event: None,
+            what: what.clone(),
+        }));
         found.extend(self.book.wrong.iter().map(|what| Violation {
             checker: "bytes",
             key: 0,

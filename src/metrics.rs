@@ -138,6 +138,8 @@ numbers! {
     scrub_damaged;
     /// Scans that found other records than were noted.
     scrub_mismatches;
+    /// Copies for other nodes that were refused because there was no room for them.
+    hints_refused;
     /// Reads that found a replica stale and mended it.
     read_repairs;
     /// Nanoseconds during which writes were slowed because compaction was behind.
@@ -210,6 +212,10 @@ numbers! {
     /// Partitions with a range that cannot be read and is not yet filled again.
     partitions_damaged;
     /// Writes that this node lacks.
+    /// Bytes that copies kept for other nodes count as.
+    hint_bytes;
+    /// Most bytes of such copies.
+    hint_bytes_max;
     writes_lacked;
     /// Syncs under way.
     syncs;

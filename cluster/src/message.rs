@@ -203,6 +203,11 @@ pub enum PeerMessage<'a> {
         /// The namespaces, encoded.
         catalogue: &'a [u8],
     },
+    /// Whether the sender can keep copies of partitions that it is no home of.
+    Room {
+        /// It can.
+        is_left: bool,
+    },
 }
 
 /// What became of a `Write`.
@@ -294,6 +299,7 @@ mod kind {
     pub(super) const PROBE: u8 = 14;
     pub(super) const PROBE_DONE: u8 = 15;
     pub(super) const SETTINGS: u8 = 16;
+    pub(super) const ROOM: u8 = 17;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -317,6 +323,7 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Probe { .. } => "probe",
             PeerMessage::ProbeDone { .. } => "probe_done",
             PeerMessage::Settings { .. } => "settings",
+            PeerMessage::Room { .. } => "room",
         }
     }
 
@@ -459,6 +466,10 @@ impl<'a> PeerMessage<'a> {
                 out.put_u64(*generation);
                 put_long(out, catalogue);
             }
+            PeerMessage::Room { is_left } => {
+                out.put_u8(kind::ROOM);
+                out.put_u8(u8::from(*is_left));
+            }
         }
     }
 
@@ -579,6 +590,7 @@ impl<'a> PeerMessage<'a> {
                 generation: reader.u64()?,
                 catalogue: long(&mut reader)?,
             },
+            kind::ROOM => PeerMessage::Room { is_left: flag(&mut reader)? },
             _ => return Err(Malformed("unknown kind of message")),
         };
         reader.finish()?;

@@ -627,6 +627,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             (self.sessions.len() as u64, in_flight, held),
             self.standing_of_shard(),
         );
+        if let Some(replication) = &self.replication {
+            replication.note_room(&mut snapshot);
+        }
         if let Some(figures) = self.repair_figures() {
             figures.note_in(&mut snapshot);
         }

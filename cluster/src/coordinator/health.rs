@@ -13,6 +13,7 @@
 use annulus_engine::model::Instant;
 
 use crate::member::NodeId;
+use crate::room::BELIEVED_NANOS;
 
 /// Requests in flight with which a window begins.
 const WINDOW_START: f64 = 128.0;
@@ -209,6 +210,8 @@ impl Peer {
             distance: 0,
             window: Window::new(),
             reads: Latencies::new(),
+    /// Until then it is believed to have no room for copies of partitions that are not its own.
+    no_room_until: Instant,
             writes: Latencies::new(),
             sampled: Instant(0),
         }
@@ -221,6 +224,7 @@ impl Peer {
     }
 
     fn latencies(&mut self, verb: Verb) -> &mut Latencies {
+            no_room_until: Instant(0),
         match verb {
             Verb::Read => &mut self.reads,
             Verb::Write => &mut self.writes,
@@ -299,6 +303,18 @@ impl Health {
     #[inline]
     pub fn answered(&mut self, now: Instant, node: NodeId, verb: Verb, nanos: u64) {
         let peer = self.peer(node);
+    /// A server says whether it can keep copies of partitions that are not its own.
+    pub fn set_room(&mut self, now: Instant, node: NodeId, is_left: bool) {
+        let until = if is_left { Instant(0) } else { now.after_nanos(BELIEVED_NANOS) };
+        self.peer(node).no_room_until = until;
+    }
+
+    /// Whether a server has not lately said that it has no room to stand in for others.
+    #[must_use]
+    pub fn has_room(&self, now: Instant, node: NodeId) -> bool {
+        self.find(node).is_none_or(|peer| peer.no_room_until <= now)
+    }
+
         peer.window.in_flight = peer.window.in_flight.saturating_sub(1);
         peer.sampled = now;
         let latencies = peer.latencies(verb);

@@ -67,7 +67,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     let key = prop::collection::vec(any::<u8>(), 1..20);
     let pairs = prop::collection::vec(any::<(u64, u64)>(), 0..5);
     let records = prop::collection::vec(records(), 1..4);
-    (1u8..=16, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
+    (1u8..=17, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs)
         .prop_map(|(kind, choice, long, short, bytes, key, records, pairs)| Parts {
             page: records.iter().map(Record::as_ref).collect(),
             kind,
@@ -194,6 +194,7 @@ impl Parts {
                 generation: long1,
                 catalogue: &self.bytes,
             },
+            17 => PeerMessage::Room { is_left: self.choice & 1 == 0 },
             _ => PeerMessage::ProbeDone {
                 id,
                 sent_wall_us: long1,

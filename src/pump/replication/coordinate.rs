@@ -15,6 +15,7 @@ use annulus_cluster::coordinator::{
     ReadRequest, Requirement, WriteOp,
 };
 use annulus_cluster::message::{PeerMessage, ReadResult, Want, WriteResult};
+use annulus_cluster::room::size_of;
 use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::KeyState;
@@ -31,6 +32,7 @@ use annulus_net::wire::status::Status;
 
 use super::exchange::View;
 use super::forward::micros_until;
+use super::standin::NoRoom;
 use super::trace::Trace;
 use super::{EPOCH, Letter};
 use crate::namespaces::{Availability, Mode, Namespace};
@@ -41,6 +43,8 @@ use crate::pump::{Answer, Done, Lane, Origin, Pump, TASKS_MAX, Wires};
 /// When a client may try again whose key's replicas are busy, in milliseconds.
 const BUSY_PAUSE_MS: u32 = 2;
 
+/// When a client may try again whose write found no room for a stand-in's copy, in milliseconds.
+const FULL_PAUSE_MS: u32 = 1000;
 /// What is kept with an operation that other nodes take part in.
 #[derive(Debug)]
 pub(super) struct Operation {
@@ -233,7 +237,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         flags: OperationFlags,
     ) {
         let Some(replication) = &mut self.replication else { return };
-        let plan = match replication.coordinator.plan_write(requirement, homes, fallbacks) {
+        let plan = match replication.coordinator.plan_write(self.now, requirement, homes, fallbacks)
+        {
             Ok(plan) => plan,
             Err(refusal) => {
                 let failure = Failure::from(refusal);
@@ -247,7 +252,20 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return self.write_replicas_after_read(target, deadline, mutation, plan, flags);
         }
         let applied = match self.shard.apply(mutation, self.wall) {
+        // Only where every home is away does another write for them first.
+        let bytes = size_of(mutation.key, mutation.value.unwrap_or_default());
+        let guest = match replication.admit_guest(mutation.token, bytes) {
+            Ok(guest) => guest,
+            Err(NoRoom) => {
+                let what = "no home replica of the key can be reached, and there is no room here";
+                let failure = Failure::new(Status::UNAVAILABLE, what).retry_after(FULL_PAUSE_MS);
+                let answer = Answer::Failure(failure);
+                self.count_failure(&answer);
+                return target.answer(&answer);
+            }
+        };
             Ok(applied) => applied,
+            replication.keep_guest(guest);
             Err(error) => {
                 let message = error.to_string();
                 let answer = Answer::Failure(failure_of(&error, &message));
@@ -259,6 +277,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             token: mutation.token,
             namespace: mutation.namespace,
             incarnation: 0,
+        if let Some(replication) = &mut self.replication {
+            replication.keep_guest(guest);
+        }
             kind: if mutation.value.is_some() { Kind::Put } else { Kind::Delete },
             dot: applied.dot,
             timestamp: applied.timestamp,
@@ -483,6 +504,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 coordinator.failed(moment, op, from, lack, actions);
             }
         }
+                if status == Status::FULL.0 {
+                    coordinator.health_mut().set_room(moment.now, from, false);
+                }
     }
 
     // ---- reads ------------------------------------------------------------------------------

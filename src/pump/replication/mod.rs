@@ -4,6 +4,7 @@
 //! ```text
 //! client's request -> coordinate.rs   plan, apply here, send -> acks -> answer
 //! peer's message   -> replica.rs      check, merge or read   -> answer to the peer
+//!                     standin.rs      copies for absent homes, as many as there is room for
 //! background       -> exchange.rs     announcements, and sync with whoever has what is missing
 //!                     repair.rs       replicas that should be equal are compared
 //!                     refill.rs       what a damaged disk held comes from others
@@ -19,6 +20,7 @@ mod forward;
 mod refill;
 mod repair;
 mod replica;
+mod standin;
 mod sync;
 mod trace;
 
@@ -27,6 +29,7 @@ use std::rc::Rc;
 
 use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions, Standing};
 use annulus_cluster::message::PeerMessage;
+use annulus_cluster::room::Room;
 use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
 use annulus_cluster::{NodeId, Topology};
 use annulus_engine::disk::Disk;
@@ -53,6 +56,8 @@ pub struct ReplicationOptions {
     pub topology: Rc<Topology>,
     /// Counts the starts of this node, so that peers know its lives apart.
     pub life: u64,
+    /// Most bytes of copies that this shard keeps of partitions that it is no home of.
+    pub room_bytes_max: u64,
 }
 
 /// A message that leaves at the end of the turn.
@@ -92,6 +97,8 @@ pub(super) struct Replication {
     sessions: Vec<Session>,
     repair: Repair,
     refill: Refill,
+    /// For copies of partitions that are not this node's.
+    room: Room,
     letters: Vec<Letter>,
     /// What the coordinator decided and the end of the turn carries out.
     actions: Vec<Action>,
@@ -131,6 +138,7 @@ impl Replication {
             sessions: Vec::new(),
             repair: Repair::new(options.life, now),
             refill: Refill::new(now),
+            room: Room::new(options.room_bytes_max),
             letters: Vec::new(),
             actions: Vec::new(),
             refusals: Vec::new(),
@@ -212,10 +220,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (start, revivals) = replication.life;
         if revivals >= LIVES_OF_A_START {
             // Out of numbers: floors are told anew, and what was known stays.
-            return replication.tracking.set_shared(shared);
+            replication.tracking.set_shared(shared);
+        } else {
+            let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
+            replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
         }
-        let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
-        replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
+        self.count_room();
     }
 
     /// The end of a turn: what was decided is carried out, and all letters leave.

@@ -169,6 +169,9 @@ numbers! {
     connections;
     /// Requests in flight.
     requests_in_flight;
+    /// Requests of clients that may be in flight while more are asked for than can be done; 0
+    /// when nothing is limited.
+    requests_allowed;
     /// Bytes of requests and replies in flight.
     request_bytes_in_flight;
     /// Records in memtables.
@@ -209,13 +212,13 @@ numbers! {
     partitions_unknown;
     /// Partitions of which this node keeps records for their holders.
     partitions_hosted;
-    /// Partitions with a range that cannot be read and is not yet filled again.
-    partitions_damaged;
-    /// Writes that this node lacks.
     /// Bytes that copies kept for other nodes count as.
     hint_bytes;
     /// Most bytes of such copies.
     hint_bytes_max;
+    /// Partitions with a range that cannot be read and is not yet filled again.
+    partitions_damaged;
+    /// Writes that this node lacks.
     writes_lacked;
     /// Syncs under way.
     syncs;

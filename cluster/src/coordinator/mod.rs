@@ -623,14 +623,14 @@ impl<P> Coordinator<P> {
     /// operation goes when all that were asked have answered.
     pub fn finish(&mut self, op: OpId) -> Option<Finished<P>> {
         let entry = self.table.get_mut(op)?;
-        let payload = entry.payload.take()?;
+        let (payload, began) = (entry.payload.take()?, entry.began);
         let state = match &mut entry.op {
             Op::Read(read) => read.take_merged(),
             Op::Write(_) => None,
         };
         self.bytes -= std::mem::take(&mut entry.bytes);
         self.release(op);
-        Some(Finished { payload, state })
+        Some(Finished { payload, state, began })
     }
 
     /// Removes an operation that nobody waits for and that waits for nobody.

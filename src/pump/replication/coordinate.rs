@@ -36,15 +36,16 @@ use super::standin::NoRoom;
 use super::trace::Trace;
 use super::{EPOCH, Letter};
 use crate::namespaces::{Availability, Mode, Namespace};
+use crate::pump::admission::Place;
 use crate::pump::execute::{Target, failure_of, sign, with_values};
 use crate::pump::writes::Waiting;
 use crate::pump::{Answer, Done, Lane, Origin, Pump, TASKS_MAX, Wires};
 
 /// When a client may try again whose key's replicas are busy, in milliseconds.
 const BUSY_PAUSE_MS: u32 = 2;
-
 /// When a client may try again whose write found no room for a stand-in's copy, in milliseconds.
 const FULL_PAUSE_MS: u32 = 1000;
+
 /// What is kept with an operation that other nodes take part in.
 #[derive(Debug)]
 pub(super) struct Operation {
@@ -236,6 +237,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         (requirement, homes, fallbacks): (Requirement, &[NodeId], &[NodeId]),
         flags: OperationFlags,
     ) {
+        if self.is_in_vain(Place::Replicas, deadline) || self.is_in_vain(Place::Log, deadline) {
+            return self.refuse_in_vain(target);
+        }
         let Some(replication) = &mut self.replication else { return };
         let plan = match replication.coordinator.plan_write(self.now, requirement, homes, fallbacks)
         {
@@ -248,10 +252,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 return target.answer(&answer);
             }
         };
-        if Shard::<D, R>::needs_read(mutation) {
-            return self.write_replicas_after_read(target, deadline, mutation, plan, flags);
-        }
-        let applied = match self.shard.apply(mutation, self.wall) {
         // Only where every home is away does another write for them first.
         let bytes = size_of(mutation.key, mutation.value.unwrap_or_default());
         let guest = match replication.admit_guest(mutation.token, bytes) {
@@ -264,8 +264,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 return target.answer(&answer);
             }
         };
-            Ok(applied) => applied,
+        if Shard::<D, R>::needs_read(mutation) {
             replication.keep_guest(guest);
+            return self.write_replicas_after_read(target, deadline, mutation, plan, flags);
+        }
+        let applied = match self.shard.apply(mutation, self.wall) {
+            Ok(applied) => applied,
             Err(error) => {
                 let message = error.to_string();
                 let answer = Answer::Failure(failure_of(&error, &message));
@@ -273,13 +277,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 return target.answer(&answer);
             }
         };
+        if let Some(replication) = &mut self.replication {
+            replication.keep_guest(guest);
+        }
         let record = RecordRef {
             token: mutation.token,
             namespace: mutation.namespace,
             incarnation: 0,
-        if let Some(replication) = &mut self.replication {
-            replication.keep_guest(guest);
-        }
             kind: if mutation.value.is_some() { Kind::Put } else { Kind::Delete },
             dot: applied.dot,
             timestamp: applied.timestamp,
@@ -500,13 +504,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             WriteResult::Durable => coordinator.acked(moment, op, from, true, actions),
             WriteResult::Accepted(_) => coordinator.acked(moment, op, from, false, actions),
             WriteResult::Refused(status, _) => {
+                if status == Status::FULL.0 {
+                    coordinator.health_mut().set_room(moment.now, from, false);
+                }
                 let lack = if status == Status::BUSY.0 { Lack::Busy } else { Lack::Refused };
                 coordinator.failed(moment, op, from, lack, actions);
             }
         }
-                if status == Status::FULL.0 {
-                    coordinator.health_mut().set_room(moment.now, from, false);
-                }
     }
 
     // ---- reads ------------------------------------------------------------------------------
@@ -520,6 +524,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         homes: &[NodeId],
         fallbacks: &[NodeId],
     ) {
+        if self.is_in_vain(Place::Replicas, deadline) {
+            return self.refuse_in_vain(target);
+        }
         let moment = self.moment();
         let freshness = (get.max_staleness_ms > 0).then(|| {
             let micros = u64::from(get.max_staleness_ms) * 1000;
@@ -773,7 +780,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     fn answer_operation(&mut self, op: OpId, outcome: Ended, wires: &mut dyn Wires) {
         let Some(replication) = &mut self.replication else { return };
-        let Some(Finished { payload, state }) = replication.coordinator.finish(op) else { return };
+        let Some(finished) = replication.coordinator.finish(op) else { return };
+        let Finished { payload, state, began } = finished;
+        self.admission.came_through(Place::Replicas, self.now.nanos_since(began));
         let Operation { origin, token, namespace, what, trace } = payload;
         let trace = trace.map_or_else(String::new, |trace| trace.end(self.now));
         match (outcome, what) {

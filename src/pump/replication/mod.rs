@@ -200,6 +200,16 @@ impl Replication {
         &self.topology
     }
 
+    /// How many requests the other replica takes now that takes the most.
+    pub(super) fn window(&self) -> Option<u32> {
+        self.coordinator.health().window(self.topology.own())
+    }
+
+    /// Operations over replicas that are under way.
+    pub(super) fn operations(&self) -> usize {
+        self.coordinator.len()
+    }
+
     /// Whether nobody waits for another node.
     pub(super) fn is_idle(&self) -> bool {
         self.forwarded.is_empty() && self.actions.is_empty() && self.coordinator.is_empty()

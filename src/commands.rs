@@ -300,6 +300,10 @@ pub struct NodeRow {
     pub p99_us: Option<f64>,
     /// Writes that it keeps for others, and that some home has not said to have.
     pub hints_owed: Option<u64>,
+    /// Bytes that it keeps for others.
+    pub hint_bytes: Option<u64>,
+    /// Most bytes that it would keep for others.
+    pub hint_bytes_max: Option<u64>,
     /// How far its data may lag behind, in milliseconds: of the partition that lags most.
     pub as_of_lag_ms: Option<u64>,
     /// What the node that was asked believes of it, as gossip has it: `alive`, `suspect`,
@@ -369,6 +373,8 @@ impl StatusReply {
             disk_level: level.as_str().map(str::to_owned),
             p99_us: Some(p99 as f64 / 1000.0),
             hints_owed: sum,
+            hint_bytes: Some(gauges.hint_bytes),
+            hint_bytes_max: Some(gauges.hint_bytes_max),
             as_of_lag_ms: lag,
             gossip: None,
             incarnation: None,
@@ -437,6 +443,8 @@ impl StatusReply {
                     disk_level: None,
                     p99_us: None,
                     hints_owed: None,
+                    hint_bytes: None,
+                    hint_bytes_max: None,
                     as_of_lag_ms: None,
                     gossip: None,
                     incarnation: None,

@@ -26,7 +26,7 @@ pub use flags::{
 
 use crate::cluster_key::ClusterKey;
 use crate::members::Members;
-use crate::units::{Size, Span};
+use crate::units::{Part, Size, Span};
 use flags::check_address;
 
 /// A validated configuration: what [`Flags`] became with defaults and facts of the host.
@@ -66,6 +66,8 @@ pub struct Config {
     pub value_size_max: u32,
     /// None is by the size of the disk, see [`Config::disk_reserve`].
     pub disk_reserve: Option<u64>,
+    /// See [`Config::hint_size_max`].
+    pub hint_size_max: Part,
     /// Bytes a second; none is paced by latency alone.
     pub background_rate: Option<u64>,
     pub connections_max: Option<u32>,
@@ -165,6 +167,7 @@ impl Config {
                 .disk_reserve
                 .map(|size| bytes("disk-reserve", size, 0, 1 << 50))
                 .transpose()?,
+            hint_size_max: flags.hint_size_max.unwrap_or(Part::Percent(10)),
             background_rate: flags
                 .background_rate
                 .map(|size| bytes("background-rate", size, 1 << 20, 1 << 40))
@@ -259,6 +262,12 @@ impl Config {
     #[must_use]
     pub fn disk_reserve(&self, disk_total: u64) -> u64 {
         self.disk_reserve.unwrap_or((disk_total / 64).min(256 << 20))
+    }
+
+    /// Most bytes of copies that the node keeps for others, on a disk of so many bytes.
+    #[must_use]
+    pub fn hint_size_max(&self, disk_total: u64) -> u64 {
+        self.hint_size_max.of(disk_total)
     }
 
     /// The knobs of one of so many shards, on a disk of so many bytes.

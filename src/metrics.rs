@@ -139,6 +139,8 @@ numbers! {
     scrub_damaged;
     /// Scans that found other records than were noted.
     scrub_mismatches;
+    /// Copies for other nodes that were refused because there was no room for them.
+    hints_refused;
     /// Reads that found a replica stale and mended it.
     read_repairs;
     /// Nanoseconds during which writes were slowed because compaction was behind.
@@ -180,6 +182,9 @@ numbers! {
     connections;
     /// Requests in flight.
     requests_in_flight;
+    /// Requests of clients that may be in flight while more are asked for than can be done; 0
+    /// when nothing is limited.
+    requests_allowed;
     /// Bytes of requests and replies in flight.
     request_bytes_in_flight;
     /// Records in memtables.
@@ -220,6 +225,10 @@ numbers! {
     partitions_unknown;
     /// Partitions of which this node keeps records for their holders.
     partitions_hosted;
+    /// Bytes that copies kept for other nodes count as.
+    hint_bytes;
+    /// Most bytes of such copies.
+    hint_bytes_max;
     /// Partitions with a range that cannot be read and is not yet filled again.
     partitions_damaged;
     /// Writes that this node lacks.

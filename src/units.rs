@@ -1,4 +1,4 @@
-//! Sizes and times as people write them: `64MiB`, `200ms`, `30s`, `12h`.
+//! Sizes, parts of a whole, and times as people write them: `64MiB`, `10%`, `200ms`, `30s`, `12h`.
 //!
 //! Invariant: what is printed parses back to the same value. Used by flags, environment and the
 //! configuration file alike, so a value is written one way everywhere.
@@ -101,6 +101,52 @@ impl Size {
     }
 }
 
+/// A part of something: so many bytes, or so many percent of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Bytes, whatever the whole.
+    Bytes(Size),
+    /// Percent of the whole, at most 100.
+    Percent(u8),
+}
+
+impl Part {
+    /// In bytes, of a whole of so many.
+    #[must_use]
+    pub fn of(self, whole: u64) -> u64 {
+        match self {
+            Part::Bytes(size) => size.0,
+            // Without the remainder twice, and without an overflow.
+            Part::Percent(percent) => {
+                whole / 100 * u64::from(percent) + whole % 100 * u64::from(percent) / 100
+            }
+        }
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Part, String> {
+        match text.trim().strip_suffix('%') {
+            None => text.parse().map(Part::Bytes).map_err(|error| format!("{error}, or 10%")),
+            Some(percent) => match percent.trim_end().parse::<u8>() {
+                Ok(percent @ 0..=100) => Ok(Part::Percent(percent)),
+                _ => Err(format!("`{text}` is not a part; write for example 10% or 64MiB")),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::Bytes(size) => size.fmt(f),
+            Part::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 /// A length of time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Span(pub Duration);
@@ -167,6 +213,13 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+impl<'de> Deserialize<'de> for Part {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Part, D::Error> {
+        let bytes = |n| Some(Part::Bytes(Size(n)));
+        deserializer.deserialize_any(Text(bytes, "a part such as \"10%\" or \"64MiB\""))
+    }
+}
+
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Span, D::Error> {
         let zero = |n| (n == 0).then_some(Span(Duration::ZERO));
@@ -213,6 +266,19 @@ mod tests {
             let error = text.parse::<Size>().unwrap_err();
             assert!(error.contains("size"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_part_is_bytes_or_percent_of_a_whole() {
+        for (text, bytes) in [("10%", 100), ("0 %", 0), ("100%", 1000), ("64MiB", 64 << 20)] {
+            let part: Part = text.parse().unwrap();
+            assert_eq!(part.of(1000), bytes, "{text}");
+            assert_eq!(part.to_string().parse(), Ok(part));
+        }
+        for text in ["101%", "-1%", "x%", "1.5%", "%"] {
+            assert!(text.parse::<Part>().unwrap_err().contains("10%"), "{text}");
+        }
+        assert!("much".parse::<Part>().unwrap_err().contains("10%"));
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The Annulus protocol as a [`Target`]: `ClientConnection`, and what a load needs around it.
 //!
 //! Invariant: a request's id at the caller comes back with its reply exactly once, whatever ids
-//! the connection uses. What the server's window does not take yet waits here, in order.
+//! the connection uses. What the server's window does not take yet waits here, as in the client
+//! driver: in order, or the newest first once the oldest has waited for half of its time; what
+//! waits beyond its deadline is not sent at all.
 //!
-//! Time is not told to the connection: each request carries the same remaining time, and the load
-//! loop bounds how long it waits.
+//! A request carries the time that is left until its deadline. Answers that come later are
+//! answers all the same: the load loop says what they are worth.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write as _};
@@ -25,9 +27,11 @@ use annulus_net::wire::{
 
 use crate::target::{Reply, Target, Write};
 
-/// Remaining time that each request carries.
+/// Remaining time that requests carry where the load has no deadline.
 const DEADLINE: Instant = Instant(30_000_000_000);
 const BEGIN: Instant = Instant(0);
+/// How a request ends that was not sent in time.
+pub const UNSENT: &str = "its deadline passed before it was sent";
 
 /// What the load's connections share: how to ask, and what the server said of itself.
 #[derive(Clone, Debug)]
@@ -134,6 +138,8 @@ impl Plan {
             welcome: None,
             asked: AHashMap::new(),
             backlog: VecDeque::new(),
+            now: BEGIN,
+            deadline: DEADLINE,
         }
     }
 
@@ -159,6 +165,8 @@ struct Held {
     key: Vec<u8>,
     value: Vec<u8>,
     count: u32,
+    since: Instant,
+    deadline: Instant,
 }
 
 /// One connection.
@@ -171,6 +179,9 @@ pub struct Annulus {
     /// The caller's id by the connection's.
     asked: AHashMap<u32, (u32, Asked)>,
     backlog: VecDeque<Held>,
+    now: Instant,
+    /// Of requests that are made now.
+    deadline: Instant,
 }
 
 impl Annulus {
@@ -210,7 +221,9 @@ impl Annulus {
             }),
         };
         let Some(connection) = &mut self.connection else { return false };
-        let Ok(id) = connection.send(BEGIN, DEADLINE, 0, &outgoing, out) else { return false };
+        let Ok(id) = connection.send(self.now, held.deadline, 0, &outgoing, out) else {
+            return false;
+        };
         connection.fill_output(out, usize::MAX);
         self.asked.insert(id, (held.id, held.asked));
         true
@@ -224,21 +237,35 @@ impl Annulus {
                 key: request.key.to_vec(),
                 value: request.value.to_vec(),
                 count: request.count,
+                since: self.now,
+                deadline: request.deadline,
             });
         }
     }
 
-    fn send_backlog(&mut self, out: &mut Vec<u8>) {
-        while let Some(held) = self.backlog.pop_front() {
+    fn send_backlog(&mut self, out: &mut Vec<u8>, done: &mut dyn FnMut(u32, Reply<'_>)) {
+        let now = self.now;
+        while let Some(late) = self.backlog.pop_front_if(|held| held.deadline <= now) {
+            done(late.id, Reply::NotStarted(UNSENT.to_owned()));
+        }
+        while let Some(oldest) = self.backlog.front() {
+            let newest_first = now.nanos_since(oldest.since) > oldest.deadline.nanos_since(now);
+            let next =
+                if newest_first { self.backlog.pop_back() } else { self.backlog.pop_front() };
+            let Some(held) = next else { return };
             let request = Request {
                 id: held.id,
                 asked: held.asked,
                 key: &held.key,
                 value: &held.value,
                 count: held.count,
+                deadline: held.deadline,
             };
             if !self.try_send(&request, out) {
-                self.backlog.push_front(held);
+                match newest_first {
+                    true => self.backlog.push_back(held),
+                    false => self.backlog.push_front(held),
+                }
                 return;
             }
         }
@@ -252,6 +279,7 @@ struct Request<'a> {
     key: &'a [u8],
     value: &'a [u8],
     count: u32,
+    deadline: Instant,
 }
 
 impl Target for Annulus {
@@ -291,17 +319,24 @@ impl Target for Annulus {
         if self.plan.shards.is_empty() { 0 } else { self.shard as usize }
     }
 
+    fn set_time(&mut self, now: Duration, deadline: Duration) {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        (self.now, self.deadline) = (Instant(nanos(now)), Instant(nanos(deadline)));
+    }
+
     fn get(&mut self, id: u32, key: &[u8], out: &mut Vec<u8>) {
-        self.send(&Request { id, asked: Asked::Get, key, value: &[], count: 0 }, out);
+        let deadline = self.deadline;
+        self.send(&Request { id, asked: Asked::Get, key, value: &[], count: 0, deadline }, out);
     }
 
     fn put(&mut self, id: u32, write: &Write<'_>, out: &mut Vec<u8>) {
-        let (key, value) = (write.key, write.value);
-        self.send(&Request { id, asked: Asked::Put, key, value, count: 0 }, out);
+        let (key, value, deadline) = (write.key, write.value, self.deadline);
+        self.send(&Request { id, asked: Asked::Put, key, value, count: 0, deadline }, out);
     }
 
     fn scan(&mut self, id: u32, key: &[u8], count: u32, out: &mut Vec<u8>) -> bool {
-        self.send(&Request { id, asked: Asked::Scan, key, value: &[], count }, out);
+        let deadline = self.deadline;
+        self.send(&Request { id, asked: Asked::Scan, key, value: &[], count, deadline }, out);
         true
     }
 
@@ -334,7 +369,7 @@ impl Target for Annulus {
         if let Some(what) = malformed {
             return Err(what);
         }
-        self.send_backlog(out);
+        self.send_backlog(out, done);
         Ok(())
     }
 }

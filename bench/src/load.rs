@@ -4,7 +4,11 @@
 //! fixed times whatever the server does, and latency counts from the due time, so a stall is
 //! charged to every request it delayed (no coordinated omission).
 //!
-//! Invariant: every request that was sent is counted exactly once, as done, refused, perhaps
+//! With a deadline a request carries what is left of it, counted from when it was due, and one
+//! whose deadline passes here is not sent: it counts as not started. An answer that comes later is
+//! counted as late, and is no goodput.
+//!
+//! Invariant: every request that was due is counted exactly once, as done, late, refused, perhaps
 //! applied, or failed.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -15,6 +19,7 @@ use std::time::{Duration, Instant};
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 
+use crate::annulus::UNSENT;
 use crate::keys::{Chance, Distribution, KeyChooser, Stripe, write_key};
 use crate::report::{Kind, Report};
 use crate::target::{Reply, Target, Write};
@@ -65,6 +70,8 @@ pub struct Load {
     pub depth: usize,
     /// Open loop: requests a second.
     pub rate: Option<f64>,
+    /// How long after a request is due its answer is worth something.
+    pub deadline: Option<Duration>,
     /// When to stop.
     pub until: Until,
     /// Write each key once, in order, instead of drawing (a preload).
@@ -78,6 +85,8 @@ pub struct Load {
 /// Longest wait for replies after the last request, before they count as failed.
 const DRAIN: Duration = Duration::from_secs(10);
 const INPUT_SIZE: usize = 256 << 10;
+/// What requests without a deadline are told.
+const DEADLINE_NONE: Duration = Duration::from_secs(30);
 /// Draws of a key before the search for a fitting one is given up.
 const DRAWS_MAX: usize = 10_000;
 
@@ -206,7 +215,7 @@ fn drive<T: Target>(
     let mut ready: VecDeque<usize> = (0..connections.len()).collect();
     let mut follow: Vec<u64> = Vec::new();
     loop {
-        source.fill(connections, &mut ready, book);
+        source.fill(connections, &mut ready, report, book);
         for connection in &mut *connections {
             connection.flush()?;
         }
@@ -235,6 +244,7 @@ fn drive<T: Target>(
             }
             let had_free = !connection.free.is_empty();
             let time = now();
+            source.tell_time(connection, time, time);
             connection.receive(&mut input, &mut |slot, reply| {
                 source.finish(&slot, &reply, time, report, book);
                 if slot.write_after {
@@ -379,6 +389,22 @@ impl<'a> Source<'a> {
         (due <= time).then_some(due)
     }
 
+    /// Whether what was due then is not worth sending any more.
+    fn is_late(&self, intended: Instant, time: Instant) -> bool {
+        self.load.deadline.is_some_and(|deadline| time >= intended + deadline)
+    }
+
+    /// Tells a connection the time, and until when what was due then must be answered.
+    fn tell_time<T: Target>(
+        &self,
+        connection: &mut Connection<T>,
+        time: Instant,
+        intended: Instant,
+    ) {
+        let allowed = self.load.deadline.unwrap_or(DEADLINE_NONE);
+        connection.target.set_time(time - self.begin, intended + allowed - self.begin);
+    }
+
     /// How long until the next request is due; `None` when only replies can make one.
     fn wait(&mut self, time: Instant) -> Option<Duration> {
         let rate = self.load.rate?;
@@ -394,12 +420,19 @@ impl<'a> Source<'a> {
         &mut self,
         connections: &mut [Connection<T>],
         ready: &mut VecDeque<usize>,
+        report: &mut Report,
         book: &mut Option<&mut Book>,
     ) {
         let time = now();
         while let Some(&index) = ready.front() {
             let connection = &mut connections[index];
             let Some(intended) = self.due(time) else { break };
+            if self.is_late(intended, time) {
+                self.sent += 1;
+                report.unsuccessful(Kind::Read, &Reply::NotStarted(UNSENT.to_owned()));
+                continue;
+            }
+            self.tell_time(connection, time, intended);
             if connection.free.is_empty() || !self.send(connection, intended, book) {
                 ready.pop_front();
                 continue;
@@ -572,6 +605,11 @@ impl<'a> Source<'a> {
         book: &mut Option<&mut Book>,
     ) {
         let latency = time.saturating_duration_since(slot.intended);
+        let is_result =
+            matches!(reply, Reply::Value(_) | Reply::Absent | Reply::Written | Reply::Scanned(_));
+        if is_result && self.is_late(slot.intended, time) {
+            report.late();
+        }
         if slot.kind == Kind::Write {
             self.answered_insert(slot.id);
         }

@@ -46,6 +46,7 @@ pub struct Report {
     not_started: u64,
     may_be_applied: u64,
     failed: u64,
+    late: u64,
     reasons: BTreeMap<String, u64>,
     user_bytes: u64,
     /// Why the run ended early, if it did.
@@ -94,8 +95,12 @@ pub struct Summary {
     pub errors: u64,
     pub not_started: u64,
     pub may_be_applied: u64,
+    /// Of `ops`, answered after the deadline.
+    pub late: u64,
     pub seconds: f64,
     pub throughput_ops: f64,
+    /// Answers within the deadline, a second.
+    pub goodput_ops: f64,
     pub hits: f64,
     pub latency_us: Latency,
     pub reads_us: Latency,
@@ -130,6 +135,7 @@ impl Default for Report {
             not_started: 0,
             may_be_applied: 0,
             failed: 0,
+            late: 0,
             reasons: BTreeMap::new(),
             user_bytes: 0,
             lost: None,
@@ -165,6 +171,11 @@ impl Report {
         self.step(step).latency.saturating_record(nanos);
     }
 
+    /// A request that is also counted as done was answered after its deadline.
+    pub fn late(&mut self) {
+        self.late += 1;
+    }
+
     /// A write of so many bytes of key and value was acknowledged.
     pub fn wrote(&mut self, bytes: usize) {
         self.user_bytes += bytes as u64;
@@ -192,6 +203,7 @@ impl Report {
         self.not_started += other.not_started;
         self.may_be_applied += other.may_be_applied;
         self.failed += other.failed;
+        self.late += other.late;
         self.user_bytes += other.user_bytes;
         for (reason, count) in &other.reasons {
             *self.reasons.entry(reason.clone()).or_default() += count;
@@ -239,6 +251,7 @@ impl Report {
     #[must_use]
     pub fn summary(&self, target: &str, workload: &str) -> Summary {
         let ops = self.all.len();
+        let rate = |count: u64| if self.seconds > 0.0 { count as f64 / self.seconds } else { 0.0 };
         Summary {
             target: target.to_owned(),
             workload: workload.to_owned(),
@@ -248,8 +261,10 @@ impl Report {
             errors: self.not_started + self.may_be_applied + self.failed,
             not_started: self.not_started,
             may_be_applied: self.may_be_applied,
+            late: self.late,
             seconds: self.seconds,
-            throughput_ops: if self.seconds > 0.0 { ops as f64 / self.seconds } else { 0.0 },
+            throughput_ops: rate(ops),
+            goodput_ops: rate(ops - self.late.min(ops)),
             hits: self.found as f64 / (self.reads.len().max(1)) as f64,
             latency_us: latency(&self.all),
             reads_us: latency(&self.reads),
@@ -339,7 +354,11 @@ mod tests {
         both.merge(&report);
         both.merge(&report);
         let summary = both.summary("t", "get");
-        assert_eq!((summary.ops, summary.errors), (2000, 2));
+        assert_eq!((summary.ops, summary.errors, summary.late), (2000, 2, 0));
+        both.late();
+        let summary = both.summary("t", "get");
+        assert_eq!((summary.ops, summary.late), (2000, 1));
+        assert!(summary.goodput_ops < summary.throughput_ops);
         assert_eq!(both.steps.iter().map(|step| step.latency.len()).sum::<u64>(), 2000);
     }
 }

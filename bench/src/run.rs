@@ -90,6 +90,10 @@ pub struct RunArgs {
     /// Requests a second, sent when they are due whatever the server does (open loop).
     #[arg(long)]
     rate: Option<f64>,
+    /// Time that each request is given, counted from when it was due. Answers within it are the
+    /// goodput; what cannot be sent in time counts as not started.
+    #[arg(long, value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
     /// How long to measure.
     #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
     duration: Duration,
@@ -276,6 +280,10 @@ fn check(args: &RunArgs) -> Result<(), Failed> {
         ((0.0..=1.0).contains(&args.reads), "--reads must be between 0 and 1".to_owned()),
         (args.rate.is_none_or(|rate| rate > 0.0), "--rate must be above 0".to_owned()),
         (
+            args.deadline.is_none_or(|time| (1..=3_600_000).contains(&time.as_millis())),
+            "--deadline must be 1ms to 1h".to_owned(),
+        ),
+        (
             !args.verify || args.keys >= 4 * outstanding,
             format!("--verify needs at least {} keys here, four a request outstanding", {
                 4 * outstanding
@@ -357,6 +365,7 @@ fn loads(args: &RunArgs, addresses: &[SocketAddr]) -> Vec<Load> {
             connections: share(args.conns, index),
             depth: args.depth,
             rate: args.rate.map(|rate| rate / count as f64),
+            deadline: args.deadline,
             until,
             sequential: false,
             spin: args.spin,
@@ -376,6 +385,7 @@ fn preloading(load: &Load, args: &RunArgs, index: usize) -> Load {
         until: Until::Sent(stripe.keys(args.keys)),
         depth: load.depth.max(PRELOAD_DEPTH),
         rate: None,
+        deadline: None,
         seed: !load.seed,
         ..load.clone()
     }
@@ -551,6 +561,12 @@ fn table(summary: &Summary) -> String {
         summary.not_started,
         summary.may_be_applied
     ));
+    if summary.late > 0 || summary.goodput_ops < summary.throughput_ops {
+        line(format_args!(
+            "{} answers came after their deadline; in time: {:.0} a second",
+            summary.late, summary.goodput_ops
+        ));
+    }
     line(format_args!(
         "{:8} {:>12} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
         "us", "count", "mean", "p50", "p90", "p99", "p99.9", "p99.99", "max"

@@ -1,5 +1,7 @@
 //! What is measured: one connection's protocol, as bytes in and bytes out.
 
+use std::time::Duration;
+
 /// A value to be written.
 #[derive(Clone, Copy, Debug)]
 pub struct Write<'a> {
@@ -49,6 +51,9 @@ pub trait Target {
     fn lane(&self) -> usize {
         0
     }
+    /// What time it is, and until when the requests that follow must be answered, both since some
+    /// moment before the run. A target whose protocol knows no deadlines ignores it.
+    fn set_time(&mut self, _now: Duration, _deadline: Duration) {}
     /// Asks for a key.
     fn get(&mut self, id: u32, key: &[u8], out: &mut Vec<u8>);
     /// Writes a key.

@@ -278,6 +278,11 @@ pub enum PeerMessage<'a> {
         /// Whether it is accepted.
         result: AcceptResult,
     },
+    /// Whether the sender can keep copies of partitions that it is no home of.
+    Room {
+        /// It can.
+        is_left: bool,
+    },
 }
 
 /// What became of a `Write`.
@@ -378,6 +383,7 @@ mod kind {
     pub(super) const PROMISE: u8 = 33;
     pub(super) const ACCEPT: u8 = 34;
     pub(super) const ACCEPTED: u8 = 35;
+    pub(super) const ROOM: u8 = 20;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -408,6 +414,7 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Promise { .. } => "promise",
             PeerMessage::Accept { .. } => "accept",
             PeerMessage::Accepted { .. } => "accepted",
+            PeerMessage::Room { .. } => "room",
         }
     }
 
@@ -592,6 +599,10 @@ impl<'a> PeerMessage<'a> {
                 register::encode_head(kind::ACCEPTED, *register, *ballot, out);
                 register::encode_accepted(*result, out);
             }
+            PeerMessage::Room { is_left } => {
+                out.put_u8(kind::ROOM);
+                out.put_u8(u8::from(*is_left));
+            }
         }
     }
 
@@ -738,6 +749,7 @@ impl<'a> PeerMessage<'a> {
             kind::PREPARE | kind::PROMISE | kind::ACCEPT | kind::ACCEPTED => {
                 register::decode(kind, &mut reader)?
             }
+            kind::ROOM => PeerMessage::Room { is_left: flag(&mut reader)? },
             _ => return Err(Malformed("unknown kind of message")),
         };
         reader.finish()?;

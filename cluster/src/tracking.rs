@@ -324,8 +324,20 @@ impl Tracking {
         Some(&mut self.locals[at])
     }
 
+    /// Shards of other nodes that have partitions in common with this one.
+    pub fn peer_shards(&self) -> impl Iterator<Item = PeerShard> + '_ {
+        self.peers.keys().copied()
+    }
+
+    /// Partitions of which this node is a guest: it has something of them and is no holder.
+    pub fn hosted(&self, replica: &impl Replica) -> impl Iterator<Item = PartitionId> {
+        let others = self.partitions().filter(|partition| !self.is_holder(*partition));
+        others.filter(|partition| !replica.seen(*partition).is_empty())
+    }
+
     /// Whether this node is one of the partition's holders.
-    fn is_holder(&self, partition: PartitionId) -> bool {
+    #[must_use]
+    pub fn is_holder(&self, partition: PartitionId) -> bool {
         self.local(partition).is_some_and(|local| local.holders.contains(&self.own))
     }
 

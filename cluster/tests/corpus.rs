@@ -136,6 +136,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
             gossip: Gossip::default(),
         },
         PeerMessage::Gossip { is_answer: false, gossip },
+        PeerMessage::Room { is_left: true },
         PeerMessage::Prepare { register, ballot },
         PeerMessage::Promise {
             register,

@@ -93,6 +93,14 @@ fn dash(value: Option<impl std::fmt::Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
+/// Bytes kept for others, of how many.
+fn kept_for_others((bytes, bytes_max): (u64, u64)) -> String {
+    match bytes_max {
+        0 => "0B".to_owned(),
+        _ => format!("{} of {}", Size(bytes).rounded(), Size(bytes_max).rounded()),
+    }
+}
+
 pub(super) fn status(arguments: StatusArguments) -> Outcome {
     let reply: StatusReply = remote::command(&arguments.server, &Command::Status)?;
     if arguments.server.json {
@@ -116,6 +124,7 @@ pub(super) fn status(arguments: StatusArguments) -> Outcome {
                 dash(node.disk_level.as_ref()),
                 dash(node.p99_us.map(|us| format!("{us:.0}us"))),
                 dash(node.hints_owed),
+                dash(node.hint_bytes.zip(node.hint_bytes_max).map(kept_for_others)),
                 dash(node.as_of_lag_ms.map(|ms| format!("{ms}ms"))),
             ]
         })
@@ -134,6 +143,7 @@ pub(super) fn status(arguments: StatusArguments) -> Outcome {
         "DISK",
         "P99",
         "HINTS",
+        "HINT BYTES",
         "LAG",
     ];
     print_table(&header, &rows)

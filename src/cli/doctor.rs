@@ -40,8 +40,13 @@ pub(super) fn run(arguments: DoctorArguments) -> Outcome {
             remedy: "see annulus serve --help".to_owned(),
         });
     }
-    let report =
-        Report { can_serve: findings.iter().all(|f| f.grade != Grade::Fatal), findings, budget };
+    let disk = resolved.as_ref().ok().zip(facts.disk.total_bytes).map(|(config, total)| Shares {
+        disk: total,
+        reserve,
+        hint_size_max: config.hint_size_max(total),
+    });
+    let can_serve = findings.iter().all(|f| f.grade != Grade::Fatal);
+    let report = Report { can_serve, findings, budget, disk };
     let choices = propose(&facts);
     let mut output = Output::stdout();
     let written = if arguments.json {
@@ -50,6 +55,7 @@ pub(super) fn run(arguments: DoctorArguments) -> Outcome {
             "findings": report.findings,
             "proposal": choices,
             "budget": report.budget,
+            "disk": report.disk,
             "facts": facts,
         }))
     } else {
@@ -63,6 +69,15 @@ struct Report {
     can_serve: bool,
     findings: Vec<Finding>,
     budget: Option<Budget>,
+    disk: Option<Shares>,
+}
+
+/// How the disk is divided, in bytes.
+#[derive(Clone, Copy, serde::Serialize)]
+struct Shares {
+    disk: u64,
+    reserve: u64,
+    hint_size_max: u64,
 }
 
 fn print(output: &mut Output, report: &Report, choices: &[Choice]) -> io::Result<()> {
@@ -94,6 +109,16 @@ fn print(output: &mut Output, report: &Report, choices: &[Choice]) -> io::Result
         let (memory, shards) = (Size(budget.memory).rounded(), budget.shards);
         writeln!(output, "\nMemory of a node with {memory} and {shards} shards:")?;
         for (name, bytes, what) in budget.parts() {
+            writeln!(output, "  {name:<12} {:>10}  {what}", Size(bytes).rounded())?;
+        }
+    }
+    if let Some(shares) = &report.disk {
+        writeln!(output, "\nDisk of {}:", Size(shares.disk).rounded())?;
+        let parts = [
+            ("reserve", shares.reserve, "kept free (disk-reserve)"),
+            ("hints", shares.hint_size_max, "at most, for absent nodes (hint-size-max)"),
+        ];
+        for (name, bytes, what) in parts {
             writeln!(output, "  {name:<12} {:>10}  {what}", Size(bytes).rounded())?;
         }
     }

@@ -9,7 +9,7 @@ use annulus_engine::options;
 use annulus_tuning::host::parse_core_list;
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Size, Span};
+use crate::units::{Part, Size, Span};
 
 /// Where clients are served unless told otherwise.
 pub const LISTEN_DEFAULT: &str = "127.0.0.1:7301";
@@ -225,6 +225,11 @@ options! {
     /// four times of it, and writes slow down below 16 times of it.
     /// Raise it on a disk shared with others [default: 1/64 of the disk, at most 256MiB]
     disk_reserve: Size, "ANNULUS_DISK_RESERVE", "SIZE";
+    /// Most bytes of copies that this node keeps for others while they are away, or percent of
+    /// the disk; 0 keeps none. Beyond it the homes that are there carry a write alone; with
+    /// sloppy quorums and PW=0 a write of which no home is there is refused. Raise it for
+    /// absences of days [default: 10%]
+    hint_size_max: Part, "ANNULUS_HINT_SIZE_MAX", "SIZE|N%";
     /// Bytes a second of background work (flush excepted) per shard, at most [default: paced
     /// by latency alone]. Set it on a shared disk
     background_rate: Size, "ANNULUS_BACKGROUND_RATE", "SIZE";

@@ -34,6 +34,7 @@ fn nothing_given_means_the_documented_defaults() {
     assert_eq!((config.shard_count(None), config.shard_count(Some(5))), (2, 5));
     assert_eq!(config.memory, 4 << 30);
     assert_eq!(config.durability, Durability::Sync);
+    assert_eq!(config.hint_size_max(1000), 100);
     assert!(config.budget(2).unwrap().sum() <= config.memory);
 }
 
@@ -50,6 +51,18 @@ fn flags_win_over_the_file_and_the_file_over_defaults() {
     assert_eq!(config.join, ["a:1", "b:2"]);
     assert!(config.spin.is_zero());
     assert_eq!(config.weight, 100);
+}
+
+#[test]
+fn room_for_others_is_bytes_or_a_part_of_the_disk() {
+    for (line, bytes) in
+        [("", 1 << 30), ("--hint-size-max 0", 0), ("--hint-size-max 64MiB", 64 << 20)]
+    {
+        assert_eq!(resolve(line).unwrap().hint_size_max(10 << 30), bytes, "{line}");
+    }
+    let file = Flags::from_toml("hint-size-max = \"50%\"").unwrap();
+    assert_eq!(Config::resolve(file, &host()).unwrap().hint_size_max(1000), 500);
+    assert!(refusal("--hint-size-max 101%").contains("10%"));
 }
 
 #[test]

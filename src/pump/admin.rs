@@ -101,6 +101,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         wires: &mut dyn Wires,
     ) {
         if let Origin::Connection(connection, ticket) = origin {
+            self.admission.answered();
             if let Some(session) = self.sessions.get_mut(connection)
                 && let Some(out) = wires.out(connection)
             {

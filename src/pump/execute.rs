@@ -23,6 +23,7 @@ use annulus_net::wire::request::Request;
 use annulus_net::wire::response::{BatchResults, Failure, ReadFacts, ValueRef, WriteFacts};
 use annulus_net::wire::status::Status;
 
+use super::admission::Place;
 use super::writes::Waiting;
 use super::{
     Answer, BATCH_RESULT_BYTES_MAX, BatchInProgress, ConnectionKey, Done, Message, Origin, Pump,
@@ -149,6 +150,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         request: Request<'_>,
     ) {
         let Arrival { ticket, deadline, .. } = arrival;
+        self.admission.took();
         let target = Target::Connection(replies, connection, ticket);
         let operation = match request {
             Request::Get(get) => Operation::Get(get),
@@ -329,11 +331,22 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 counters.get_hits += u64::from(hit);
                 counters.get_memory_hits += u64::from(hit);
                 self.answered_at_once += 1;
+                self.admission.answered();
             }
             (Probe::Pending(_), Some(target)) if self.tasks.len() >= TASKS_MAX => {
                 counters.refused_busy += 1;
                 let failure = Failure::new(Status::BUSY, "too many reads wait for the disk");
                 target.answer(&Answer::Failure(failure.retry_after(2)));
+            }
+            (Probe::Pending(_), Some(target))
+                if self.admission.is_in_vain(
+                    Place::Read,
+                    self.tasks.len(),
+                    deadline.nanos_since(self.now),
+                ) =>
+            {
+                counters.refused_busy += 1;
+                target.answer(&Answer::Failure(in_vain()));
             }
             (Probe::Pending(read), Some(target)) => {
                 let task = self.waiting.add(target.defer(), deadline, Status::EXPIRED);
@@ -375,6 +388,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if Shard::<D, R>::needs_read(&mutation) {
             return self.write_after_read(target, deadline, &mutation, options.flags);
         }
+        if self.is_in_vain(Place::Log, deadline) {
+            return self.refuse_in_vain(target);
+        }
         let applied = match self.shard.apply(&mutation, self.wall) {
             Ok(applied) => applied,
             Err(error) => {
@@ -388,6 +404,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let trace = options.flags.has(OperationFlags::TRACE);
         if delay == 0 && !trace && self.writes.is_empty() && self.shard.visible() >= applied.lsn {
             self.count_write(self.now, bytes, value.is_some());
+            self.admission.answered();
             return target.answer(&Answer::Written(self.write_facts(&applied, &[], &[])));
         }
         self.metrics.borrow_mut().counters.write_delay_nanos += delay;
@@ -462,6 +479,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             let failure = Failure::new(Status::BUSY, "too many writes wait for a read");
             return target.answer(&Answer::Failure(failure.retry_after(2)));
         }
+        if self.is_in_vain(Place::Read, deadline) {
+            return self.refuse_in_vain(target);
+        }
         let task = self.waiting.add(target.defer(), deadline, Status::MAY_BE_APPLIED);
         let (shard, began, secret) = (self.shard.clone(), self.now, self.secret);
         let pending = Pending {
@@ -523,6 +543,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             self.route(Target::Batch(&mut results, id, index, verb), deadline, &operation);
         }
         if results.is_complete() {
+            self.admission.answered();
             replies.batch(ticket, results);
         } else {
             let waiting = BatchInProgress { connection, ticket: Some(ticket), results };
@@ -534,8 +555,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn finish(&mut self, done: Done, wires: &mut dyn Wires) {
         match done {
             Done::Read { task, pending, base, found, began } => {
-                let Some(origin) = self.waiting.take(task) else { return };
                 let nanos = self.now.nanos_since(began);
+                self.admission.came_through(Place::Read, nanos);
+                let Some(origin) = self.waiting.take(task) else { return };
                 self.metrics.borrow_mut().read_latency.record(nanos);
                 let (wall, secret) = (self.wall, self.secret);
                 let found = match found {
@@ -568,6 +590,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 });
             }
             Done::Write { task, pending, outcome, begun, context, began } => {
+                self.admission.came_through(Place::Read, self.now.nanos_since(began));
                 let Some(origin) = self.waiting.take(task) else { return };
                 match outcome {
                     Ok(Outcome::Applied(applied)) => {
@@ -591,17 +614,20 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     }
                 }
             }
-            Done::Scan { origin, page, next } => match next {
-                Ok(next) => {
-                    let next = next.as_ref().map(|(token, key)| (*token, key.as_slice()));
-                    self.answer_page(origin, page, next, wires);
+            Done::Scan { origin, page, next, began } => {
+                self.admission.came_through(Place::Read, self.now.nanos_since(began));
+                match next {
+                    Ok(next) => {
+                        let next = next.as_ref().map(|(token, key)| (*token, key.as_slice()));
+                        self.answer_page(origin, page, next, wires);
+                    }
+                    Err(error) => {
+                        let message = error.to_string();
+                        let answer = Answer::Failure(failure_of(&error, &message));
+                        self.answer(origin, &answer, wires);
+                    }
                 }
-                Err(error) => {
-                    let message = error.to_string();
-                    let answer = Answer::Failure(failure_of(&error, &message));
-                    self.answer(origin, &answer, wires);
-                }
-            },
+            }
             Done::Admin { origin, reply } => self.answer_admin(origin, reply, wires),
             Done::Changed(change) => self.changed(change),
             Done::Voted { from, vote } => self.voted(from, vote),
@@ -635,9 +661,33 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
+    /// Whether a request would only wait in that place until its time is over.
+    pub(super) fn is_in_vain(&self, place: Place, deadline: Instant) -> bool {
+        let waiting = match place {
+            Place::Read => self.tasks.len(),
+            Place::Log => self.writes.len(),
+            Place::Replicas => {
+                self.replication.as_ref().map_or(0, |replication| replication.operations())
+            }
+        };
+        self.admission.is_in_vain(place, waiting, deadline.nanos_since(self.now))
+    }
+
+    /// Refuses it before anything was done.
+    pub(super) fn refuse_in_vain(&self, target: Target<'_, '_>) {
+        let answer = Answer::Failure(in_vain());
+        self.count_failure(&answer);
+        target.answer(&answer);
+    }
+
     fn can_hand_over(&self) -> bool {
         self.forwarded.len() < super::forward::FORWARDED_MAX
     }
+}
+
+/// More is asked for than can be done before the request's deadline.
+pub(super) fn in_vain() -> Failure<'static> {
+    Failure::new(Status::BUSY, "too much waits to come to it before its deadline").retry_after(5)
 }
 
 fn too_many_forwarded() -> Failure<'static> {

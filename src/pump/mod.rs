@@ -8,11 +8,13 @@
 //!                            -> another shard's key: handed over, answered when it answers
 //! turn()  tasks that are done, writes that are visible, messages, deadlines -> answers
 //! ```
+//! `admission.rs` says where requests wait, and what happens when more come than can be done.
 //!
 //! Invariants: every request is answered once; a write is answered only when the log says that
 //! it is visible; what waits is bounded in number by the connections' own limits.
 
 mod admin;
+mod admission;
 mod answer;
 mod execute;
 mod forward;
@@ -65,6 +67,7 @@ pub use replication::{RepairFigures, ReplicationOptions};
 
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
+use admission::Admission;
 use execute::Pending;
 use replication::{Changed, FilledPage, MergedPage, OwnWrite, Replication};
 use revive::Revival;
@@ -154,6 +157,7 @@ enum Done {
         origin: Origin,
         page: Page,
         next: annulus_engine::Result<Option<(Token, Vec<u8>)>>,
+        began: Instant,
     },
     Admin {
         origin: Origin,
@@ -266,6 +270,7 @@ pub struct Pump<D: Disk, R: Runtime> {
     /// What a member of a cluster has on top; none in a node of its own.
     replication: Option<Box<Replication>>,
     metrics: Rc<RefCell<ShardMetrics>>,
+    admission: Admission,
     /// Gets of this turn that needed no disk.
     answered_at_once: u64,
     /// Time of this turn.
@@ -336,6 +341,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 .replication
                 .map(|it| Box::new(Replication::new(it, cluster, options.map, now))),
             metrics: Rc::default(),
+            admission: Admission::new(now),
             answered_at_once: 0,
             now,
             wall,
@@ -360,6 +366,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub fn tick(&mut self, now: Instant) {
         self.now = now;
         self.wall = self.runtime.wall();
+        self.admission.begin_turn(now);
+        if let Some(replication) = &self.replication {
+            self.admission.set_replicas(replication.window());
+        }
         Rc::make_mut(&mut self.facts).welcome.wall_us = self.wall.0;
     }
 
@@ -423,6 +433,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         self.metrics.borrow_mut().counters.received_bytes += bytes.len() as u64;
         let now = self.now;
         let facts = Rc::clone(&self.facts);
+        session.wire.set_window(self.admission.window(&mut session.interval));
         let mut handler = |replies: &mut Replies<'_>, arrival: Arrival, request: Request<'_>| {
             self.handle(connection, replies, arrival, request);
         };
@@ -627,6 +638,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             (self.sessions.len() as u64, in_flight, held),
             self.standing_of_shard(),
         );
+        snapshot.gauges.requests_allowed = self.admission.limit().map_or(0, u64::from);
+        if let Some(replication) = &self.replication {
+            replication.note_room(&mut snapshot);
+        }
         if let Some(figures) = self.repair_figures() {
             figures.note_in(&mut snapshot);
         }
@@ -672,6 +687,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         self.count_failure(answer);
         match origin {
             Origin::Connection(connection, ticket) => {
+                self.admission.answered();
                 if let Some(session) = self.sessions.get_mut(connection)
                     && let Some(out) = wires.out(connection)
                 {
@@ -703,6 +719,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     fn finish_batch(&mut self, batch: usize, wires: &mut dyn Wires) {
         let Some(mut done) = self.batches.remove(&batch) else { return };
+        self.admission.answered();
         if let Some(ticket) = done.ticket.take()
             && let Some(session) = self.sessions.get_mut(done.connection)
             && let Some(out) = wires.out(done.connection)

@@ -16,7 +16,8 @@ use annulus_net::wire::response::Page;
 use annulus_net::wire::scan::{Scan, TOMBSTONES};
 use annulus_net::wire::status::Status;
 
-use super::{Done, Origin, Pump};
+use super::admission::Place;
+use super::{Done, Origin, Pump, TASKS_MAX};
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn route_scan(&mut self, origin: Origin, deadline: Instant, scan: &Scan<'_>) {
@@ -65,6 +66,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             Some(last) => last,
             None => return self.scan_elsewhere(origin, deadline, hops, scan),
         };
+        let refusal = match () {
+            () if deadline <= self.now => Some((Status::EXPIRED, "the deadline had passed")),
+            () if self.tasks.len() >= TASKS_MAX || self.is_in_vain(Place::Read, deadline) => {
+                Some((Status::BUSY, "too much waits to come to it before its deadline"))
+            }
+            () => None,
+        };
+        if let Some((status, what)) = refusal {
+            let reply = Err((status, what.to_owned()));
+            return self.spawn(std::future::ready(Done::Admin { origin, reply }));
+        }
+        let began = self.now;
         let limits = &self.facts.welcome.limits;
         let mut page = Page::new(scan, limits.message_size_max / 64, limits.message_size_max);
         let range = TokenRange { first: scan.range.first, last: scan.range.last.min(held) };
@@ -92,7 +105,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 })
                 .await
                 .map(|next| next.or(beyond.map(|token| (token, Vec::new()))));
-            Done::Scan { origin, page, next }
+            Done::Scan { origin, page, next, began }
         });
     }
 }

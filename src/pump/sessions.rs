@@ -17,11 +17,13 @@ pub(super) struct Session {
     pub(super) attended: bool,
     /// Bytes that waited for the socket when last looked at.
     pub(super) unsent: usize,
+    /// Of admission: when it last sent something.
+    pub(super) interval: u32,
 }
 
 impl Session {
     pub(super) fn new(wire: ServerConnection) -> Box<Session> {
-        Box::new(Session { wire, paused: false, attended: false, unsent: 0 })
+        Box::new(Session { wire, paused: false, attended: false, unsent: 0, interval: 0 })
     }
 }
 

@@ -15,6 +15,7 @@ use annulus_net::wire::fields::Version;
 use annulus_net::wire::response::{Failure, WriteFacts};
 use annulus_net::wire::status::Status;
 
+use super::admission::Place;
 use super::{Answer, Origin, Pump, Wires};
 
 /// One write that waits.
@@ -76,6 +77,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             let Some(waiting) = self.writes.waiting.pop_front() else { break };
             let Waiting { applied, began, bytes, is_put, origin, trace, .. } = waiting;
             worked = true;
+            self.admission.came_through(Place::Log, self.now.nanos_since(began));
             self.count_write(began, bytes, is_put);
             let Some(origin) = origin else { continue };
             let trace = if trace { self.trace_of_write(&applied, began) } else { String::new() };

@@ -145,7 +145,7 @@ fn what_is_no_catalogue_is_not_accepted() {
     }
     let unknown = PeerMessage::Prepare { register: RegisterId(9), ballot: ballot(1) };
     assert!(matches!(setup.ask(&unknown), Err(NoVote::Refused(_))));
-    let none = PeerMessage::Probe { id: 1, sent_wall_us: 2 };
+    let none = PeerMessage::Room { is_left: true };
     assert!(matches!(setup.ask(&none), Err(NoVote::Refused(_))));
     assert!(setup.registers.acceptor(REGISTER).is_none());
 }

@@ -134,7 +134,7 @@ pub(crate) async fn run(
             catalogue: Rc::clone(&catalogue),
             message_memory: usize::try_from(budget.requests_per_shard()).unwrap_or(usize::MAX),
             desk,
-            replication: replication(&facts)?,
+            replication: replication(&node, &facts)?,
         },
     );
     pump.set_catalogue(catalogue);
@@ -223,13 +223,18 @@ fn compression_of(node: &Arc<Node>) -> annulus_engine::recover::CompressionOf {
 }
 
 /// The other members of the node's cluster, as the pump is told of them.
-fn replication(facts: &NodeFacts) -> Result<Option<ReplicationOptions>, String> {
+fn replication(node: &Node, facts: &NodeFacts) -> Result<Option<ReplicationOptions>, String> {
     let Some(members) = &facts.members else { return Ok(None) };
     let (own, nodes) = (members.own(), members.nodes().to_vec());
     // The namespaces name the numbers of copies as soon as the pump knows them.
     let topology = Topology::new(own, facts.partition_bits, nodes, [1])
         .map_err(|error| format!("no placement for these members: {error:?}"))?;
-    Ok(Some(ReplicationOptions { topology: Rc::new(topology), life: facts.life }))
+    let room = node.config().hint_size_max(facts.disk_total) / u64::from(facts.shard_count);
+    Ok(Some(ReplicationOptions {
+        topology: Rc::new(topology),
+        life: facts.life,
+        room_bytes_max: room,
+    }))
 }
 
 /// What clients are told, and the connections' limits.

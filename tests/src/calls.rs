@@ -38,6 +38,8 @@ pub struct CallMix {
     pub targets: Vec<Target>,
     /// Levels of calls; each as likely as the others.
     pub levels: Vec<Level>,
+    /// How many of those must be homes, of calls that do not ask for one.
+    pub primary: Level,
     /// Flags of calls; each as likely as the others.
     pub flags: Vec<OperationFlags>,
     /// One write in so many gives the context that its client last got; 0 for none.
@@ -138,7 +140,7 @@ impl Calls {
             verb,
             ttl_ms: if mortal { chance.between(1, 8_000) } else { 0 },
             level: self.mix.levels[chance.index(self.mix.levels.len())],
-            primary: if chance.one_in(4) { Level::ONE } else { Level::Default },
+            primary: if chance.one_in(4) { Level::ONE } else { self.mix.primary },
             flags: self.mix.flags[chance.index(self.mix.flags.len())],
             with_context: !reads && one_in > 0 && chance.one_in(one_in),
             deadline_ms: chance.between(shortest, longest),
@@ -161,6 +163,7 @@ mod tests {
                 ttl_one_in: 5,
             }],
             levels: vec![Level::ONE, Level::Quorum],
+            primary: Level::Default,
             flags: vec![OperationFlags::default()],
             context_one_in: 2,
             contexts_of_writes: false,

@@ -33,22 +33,50 @@ pub fn binary() -> &'static Path {
             assert!(path.is_file(), "ANNULUS_BIN: {} is no file", path.display());
             return path;
         }
-        let profile_dir = profile_dir();
-        let binary = profile_dir.join("annulus");
-        // A binary that is older than the sources would prove nothing; cargo knows which is.
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args(["build", "--quiet", "-p", "annulus", "--bin", "annulus"]);
-        if profile_dir.file_name() == Some(OsStr::new("release")) {
-            cargo.arg("--release");
-        }
-        cargo.arg("--target-dir").arg(profile_dir.parent().expect("target/<profile>"));
-        let built = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status();
-        match built {
-            Ok(status) if status.success() => {}
-            other => assert!(binary.is_file(), "the binary is not there to be built: {other:?}"),
-        }
-        binary
+        build("annulus", "annulus")
     })
+}
+
+/// The load generator: beside the program under test, or else built as that is.
+pub fn bench() -> &'static Path {
+    static BENCH: OnceLock<PathBuf> = OnceLock::new();
+    BENCH.get_or_init(|| match std::env::var_os("ANNULUS_BIN").map(PathBuf::from) {
+        Some(given) if given.with_file_name("annulus-bench").is_file() => {
+            given.with_file_name("annulus-bench")
+        }
+        _ => build("annulus-bench", "annulus-bench"),
+    })
+}
+
+/// Builds a program beside this test.
+fn build(package: &str, program: &str) -> PathBuf {
+    let profile_dir = profile_dir();
+    let binary = profile_dir.join(program);
+    // A binary that is older than the sources would prove nothing; cargo knows which is.
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "-p", package, "--bin", program]);
+    if profile_dir.file_name() == Some(OsStr::new("release")) {
+        cargo.arg("--release");
+    }
+    cargo.arg("--target-dir").arg(profile_dir.parent().expect("target/<profile>"));
+    let built = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status();
+    match built {
+        Ok(status) if status.success() => {}
+        other => assert!(binary.is_file(), "the binary is not there to be built: {other:?}"),
+    }
+    binary
+}
+
+/// Runs the load generator against a server; the document that it prints.
+#[must_use]
+pub fn load(server: &Server, arguments: &[&str]) -> Value {
+    let output = plain_command(bench())
+        .args(["run", "--json", "--addr", &server.client.to_string()])
+        .args(arguments)
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("the load generator starts");
+    serde_json::from_slice(&output.stdout).expect("it prints one document")
 }
 
 /// `target/<profile>`, in which this test's executable lies.

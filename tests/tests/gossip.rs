@@ -27,10 +27,12 @@ fn started(seed: u64, nodes: u32) -> SimCluster {
         weather: Weather::fair(),
         clients: 0,
         operators: 0,
+        room_bytes_max: 1 << 30,
         mix: CallMix {
             targets: vec![target],
             levels: vec![Level::Default],
             flags: vec![OperationFlags::default()],
+            primary: Level::Default,
             context_one_in: 0,
             contexts_of_writes: false,
             deadline_ms: (500, 3_000),

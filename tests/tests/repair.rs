@@ -5,6 +5,7 @@ use annulus_engine::model::{Kind, NamespaceId, Record, RecordRef, Token};
 use annulus_engine::options::Durability;
 use annulus_engine::runtime::Runtime as _;
 use annulus_engine::shard::{Condition, Merge, Mutation};
+use annulus_net::wire::fields::Level;
 use annulus_tests::calls::CallMix;
 use annulus_tests::cluster::{ClusterOptions, LWW, SIBLINGS, SimCluster};
 use annulus_tests::network::Weather;
@@ -27,6 +28,7 @@ fn cluster() -> SimCluster {
     let mix = CallMix {
         targets: Vec::new(),
         levels: Vec::new(),
+        primary: Level::Default,
         flags: Vec::new(),
         context_one_in: 0,
         contexts_of_writes: false,
@@ -38,6 +40,7 @@ fn cluster() -> SimCluster {
         shards: 1,
         replicas: 3,
         durability: Durability::Sync,
+        room_bytes_max: u64::MAX,
         disk_nanos_max: 100_000,
         weather: Weather::fair(),
         clients: 0,

@@ -133,6 +133,43 @@ fn every_request_ends_once_however_small_the_window() {
 }
 
 #[test]
+fn what_waits_for_the_window_too_long_is_not_sent_and_the_newest_goes_first() {
+    let facts = facts(1);
+    let plan = Plan::new(&facts.welcome, &levels(), false).unwrap();
+    let mut server = ServerConnection::new(BEGIN, &facts, MemoryBudget::new(1 << 20));
+    let (mut target, mut out, mut seen) = (plan.connect(0), Vec::new(), Vec::new());
+    let mut map = Map::new();
+    let mut turn = |target: &mut Annulus, out: &mut Vec<u8>, seen: &mut Vec<(u32, String)>| {
+        let (mut answers, bytes) = (Vec::new(), std::mem::take(out));
+        let mut handler = |replies: &mut Replies<'_>,
+                           arrival: annulus_net::server_connection::Arrival,
+                           request: Incoming<'_>| {
+            serve(&mut map, replies, arrival.ticket, &request);
+        };
+        server.receive(BEGIN, &bytes, &facts, &mut answers, &mut handler).unwrap();
+        let mut done = |id, reply: Reply<'_>| seen.push((id, format!("{reply:?}")));
+        target.receive(&answers, out, &mut done).unwrap();
+    };
+    let ms = Duration::from_millis;
+    target.start(&mut out);
+    turn(&mut target, &mut out, &mut seen);
+    // The window is one: the first is sent, the others wait.
+    for (id, at) in [(0, 0), (1, 10), (2, 70)] {
+        target.set_time(ms(at), ms(at + 100));
+        target.get(id, b"none", &mut out);
+    }
+    // By then the second has waited for more than half of its time.
+    target.set_time(ms(75), ms(175));
+    turn(&mut target, &mut out, &mut seen);
+    target.set_time(ms(120), ms(220));
+    turn(&mut target, &mut out, &mut seen);
+    let late = format!("{:?}", Reply::NotStarted(UNSENT.to_owned()));
+    let expected = [(0, "Absent".to_owned()), (2, "Absent".to_owned()), (1, late)];
+    assert_eq!(seen, expected);
+    assert!(out.is_empty());
+}
+
+#[test]
 fn a_connection_serves_the_keys_of_its_shard_alone() {
     let plan = Plan::new(&facts(8).welcome, &levels(), true).unwrap();
     let (first, second) = (plan.connect(0), plan.connect(1));
@@ -230,6 +267,7 @@ fn verified(by_shard: bool, lie: bool) -> (Report, Report, u64) {
         connections: 4,
         depth: 3,
         rate: None,
+        deadline: None,
         until: Until::Sent(200),
         sequential: true,
         spin: false,
@@ -290,6 +328,7 @@ fn a_lost_connection_leaves_writes_that_may_be_applied() {
         connections: 1,
         depth: 2,
         rate: None,
+        deadline: None,
         until: Until::Sent(100),
         sequential: false,
         spin: false,

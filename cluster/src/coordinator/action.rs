@@ -126,6 +126,8 @@ pub struct Finished<P> {
     pub payload: P,
     /// The merged state of a read.
     pub state: Option<Record>,
+    /// When it began.
+    pub began: Instant,
 }
 
 /// A read that is to begin.

@@ -15,6 +15,7 @@
 use annulus_engine::model::Instant;
 
 use crate::member::NodeId;
+use crate::room::BELIEVED_NANOS;
 
 /// Requests in flight with which a window begins.
 const WINDOW_START: f64 = 128.0;
@@ -150,6 +151,14 @@ impl Latencies {
     }
 }
 
+/// The whole requests of a window.
+fn whole(limit: f64) -> u32 {
+    (0..=12).rev().fold(0, |whole, bit| {
+        let more = whole | 1 << bit;
+        if f64::from(more) <= limit { more } else { whole }
+    })
+}
+
 /// How much may be in flight.
 #[derive(Clone, Debug)]
 struct Window {
@@ -164,8 +173,10 @@ impl Window {
         Window { limit: WINDOW_START, in_flight: 0, answers: 0, shrunk: Instant(0) }
     }
 
+    /// A window takes a quarter more than is told of it ([`Health::window`]): it may have shrunk
+    /// since clients were told, at most by an eighth each time.
     fn is_open(&self) -> bool {
-        f64::from(self.in_flight) < self.limit
+        f64::from(self.in_flight) < self.limit * 1.25
     }
 
     fn answered(&mut self, gradient: f64) {
@@ -204,6 +215,8 @@ struct Peer {
     reads: Latencies,
     writes: Latencies,
     sampled: Instant,
+    /// Until then it is believed to have no room for copies of partitions that are not its own.
+    no_room_until: Instant,
 }
 
 impl Peer {
@@ -217,6 +230,7 @@ impl Peer {
             reads: Latencies::new(),
             writes: Latencies::new(),
             sampled: Instant(0),
+            no_room_until: Instant(0),
         }
     }
 
@@ -305,6 +319,18 @@ impl Health {
             .is_none_or(|peer| peer.standing() != Standing::Down && peer.window.is_open())
     }
 
+    /// A server says whether it can keep copies of partitions that are not its own.
+    pub fn set_room(&mut self, now: Instant, node: NodeId, is_left: bool) {
+        let until = if is_left { Instant(0) } else { now.after_nanos(BELIEVED_NANOS) };
+        self.peer(node).no_room_until = until;
+    }
+
+    /// Whether a server has not lately said that it has no room to stand in for others.
+    #[must_use]
+    pub fn has_room(&self, now: Instant, node: NodeId) -> bool {
+        self.find(node).is_none_or(|peer| peer.no_room_until <= now)
+    }
+
     /// A request has been sent.
     #[inline]
     pub fn sent(&mut self, node: NodeId) {
@@ -378,6 +404,18 @@ impl Health {
     #[must_use]
     pub fn write_p99(&self, node: NodeId) -> u64 {
         self.find(node).map_or(2 * LATENCY_ASSUMED_NANOS, |peer| peer.writes.p99)
+    }
+
+    /// Requests that may be in flight to the server with the widest window, other than `me` and
+    /// those that are down: with more than that from clients all may be closed. The widest, because
+    /// one that is slow or hangs is passed over as long as others are enough. `None` where there is
+    /// no other.
+    #[must_use]
+    pub fn window(&self, me: NodeId) -> Option<u32> {
+        let others = self.peers.iter().filter(|peer| peer.node != me);
+        let there = others.filter(|peer| peer.standing() != Standing::Down);
+        // Between WINDOW_MIN and WINDOW_MAX.
+        there.map(|peer| whole(peer.window.limit)).max()
     }
 
     /// All that are known, by id.
@@ -472,6 +510,41 @@ mod tests {
         assert!(health.is_healthy(NODE), "a few are let through, to find out");
         load(&mut health, 500, MILLI);
         assert!(window(&health) >= WINDOW_LATENCY_FLOOR);
+    }
+
+    #[test]
+    fn who_keeps_to_what_is_told_never_meets_a_closed_window() {
+        let mut health = Health::new();
+        assert_eq!(health.window(NodeId(9)), None);
+        health.sent(NODE);
+        health.answered(Instant(0), NODE, Verb::Write, MILLI);
+        assert_eq!(health.window(NodeId(9)), Some(128));
+        assert_eq!(health.window(NODE), None, "its own does not count");
+        // One client with as many requests in flight as it was told, some answers ago. They take
+        // the longer the more there are, so that the window grows, and shrinks again.
+        let (mut told, mut in_flight) = (128, 0u32);
+        let mut on_the_way = std::collections::VecDeque::from([128; 16]);
+        for round in 0..20_000u64 {
+            while in_flight < told {
+                assert!(health.is_healthy(NODE), "round {round}: {in_flight} of {told}");
+                health.sent(NODE);
+                in_flight += 1;
+            }
+            let slow = if round % 4_000 > 3_000 { 50 } else { 1 };
+            let nanos = slow * (MILLI + u64::from(in_flight) * 2_000);
+            health.answered(Instant(round * 10_000), NODE, Verb::Write, nanos);
+            in_flight -= 1;
+            on_the_way.push_back(health.window(NodeId(9)).unwrap());
+            told = on_the_way.pop_front().unwrap();
+        }
+        assert!(told >= 32);
+        health.set_standing(NodeId(2), Standing::Healthy);
+        let own = whole(window(&health));
+        assert_eq!(health.window(NodeId(9)), Some(own.max(128)), "the widest");
+        for node in [NODE, NodeId(2)] {
+            health.set_standing(node, Standing::Down);
+        }
+        assert_eq!(health.window(NodeId(9)), None);
     }
 
     #[test]

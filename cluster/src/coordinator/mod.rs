@@ -149,18 +149,27 @@ impl<P> Coordinator<P> {
 
     // ---- writes -----------------------------------------------------------------------------
 
-    /// Chooses the targets of a write, before it is appended here. See [`WriteOp::plan`].
+    /// Chooses the targets of a write, before it is appended here. See [`WriteOp::plan`]. A
+    /// fallback that has no room for the copy is as one that is not there: a full stand-in costs
+    /// no write that would have been taken had there been none.
     ///
     /// # Errors
     /// [`Refusal`]: the write is not started, and nothing needs to be undone.
     pub fn plan_write(
         &mut self,
+        now: Instant,
         requirement: Requirement,
         primaries: &[NodeId],
         fallbacks: &[NodeId],
     ) -> Result<WriteOp, Refusal> {
         self.admit()?;
         let health = &self.health;
+        let mut roomy = Inline::<NodeId, PLACES_MAX>::new(self.me);
+        for node in fallbacks.iter().filter(|node| health.has_room(now, **node)) {
+            roomy.push(*node);
+        }
+        let all_fallbacks = fallbacks;
+        let fallbacks = &roomy[..];
         let plan = WriteOp::plan(requirement, self.me, primaries, fallbacks, |node| {
             health.is_healthy(node)
         });
@@ -171,6 +180,10 @@ impl<P> Coordinator<P> {
             return Err(too_much_to_do());
         }
         self.counters.writes_unavailable += 1;
+        if WriteOp::plan(requirement, self.me, primaries, all_fallbacks, is_there).is_ok() {
+            let what = "too few home replicas can be reached, and those that stand in are full";
+            return Err(unavailable(what));
+        }
         Err(refusal)
     }
 
@@ -610,14 +623,14 @@ impl<P> Coordinator<P> {
     /// operation goes when all that were asked have answered.
     pub fn finish(&mut self, op: OpId) -> Option<Finished<P>> {
         let entry = self.table.get_mut(op)?;
-        let payload = entry.payload.take()?;
+        let (payload, began) = (entry.payload.take()?, entry.began);
         let state = match &mut entry.op {
             Op::Read(read) => read.take_merged(),
             Op::Write(_) => None,
         };
         self.bytes -= std::mem::take(&mut entry.bytes);
         self.release(op);
-        Some(Finished { payload, state })
+        Some(Finished { payload, state, began })
     }
 
     /// Removes an operation that nobody waits for and that waits for nobody.

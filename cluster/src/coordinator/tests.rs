@@ -74,7 +74,12 @@ impl Fixture {
     }
 
     fn write(&mut self, need: Requirement, primaries: u32) -> Result<OpId, Refusal> {
-        let plan = self.coordinator.plan_write(need, &nodes(0..primaries), &nodes(primaries..6))?;
+        let plan = self.coordinator.plan_write(
+            Instant(self.now),
+            need,
+            &nodes(0..primaries),
+            &nodes(primaries..6),
+        )?;
         let (moment, deadline) = (self.moment(), Instant(self.now + 100 * MILLI));
         self.begun += 1;
         let payload = self.begun;
@@ -477,4 +482,36 @@ proptest! {
         prop_assert!(t.coordinator.next_timeout().is_none());
         t.assert_idle();
     }
+}
+
+#[test]
+fn a_stand_in_without_room_is_as_none_and_one_that_has_room_again_stands_in() {
+    let mut fixture = Fixture::new(CoordinatorOptions::default());
+    let down = |fixture: &mut Fixture, node| {
+        fixture.coordinator.health_mut().set_standing(NodeId(node), Standing::Down);
+    };
+    // Homes are 0 to 2, of which this is one; 3 to 5 may stand in.
+    down(&mut fixture, 2);
+    let now = Instant(fixture.now);
+    for node in 3..6 {
+        fixture.coordinator.health_mut().set_room(now, NodeId(node), false);
+    }
+    let targets = |fixture: &mut Fixture, need| {
+        let now = Instant(fixture.now);
+        let plan = fixture.coordinator.plan_write(now, need, &nodes(0..3), &nodes(3..6));
+        plan.map(|plan| plan.outstanding().collect::<Vec<_>>())
+    };
+    let two = need(3, 2, true);
+    assert_eq!(targets(&mut fixture, two).unwrap(), nodes(0..2), "two homes are enough");
+    down(&mut fixture, 1);
+    let refusal = targets(&mut fixture, two).unwrap_err();
+    assert_eq!(refusal.status, Status::UNAVAILABLE);
+    assert!(refusal.reason.contains("full"), "{}", refusal.reason);
+    let one = need(3, 1, true);
+    assert_eq!(targets(&mut fixture, one).unwrap(), nodes(0..1));
+    fixture.coordinator.health_mut().set_room(now, NodeId(4), true);
+    assert_eq!(targets(&mut fixture, two).unwrap(), [NodeId(0), NodeId(4)]);
+    // One who says nothing more is believed for some seconds.
+    fixture.now += crate::room::BELIEVED_NANOS;
+    assert_eq!(targets(&mut fixture, two).unwrap(), [NodeId(0), NodeId(3), NodeId(4)]);
 }

@@ -68,7 +68,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     let key = prop::collection::vec(any::<u8>(), 1..20);
     let pairs = prop::collection::vec(any::<(u64, u64)>(), 0..5);
     let records = prop::collection::vec(records(), 1..4);
-    let kinds = prop_oneof![1u8..=19, 32u8..=35];
+    let kinds = prop_oneof![1u8..=20, 32u8..=35];
     (kinds, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs).prop_map(
         |(kind, choice, long, short, bytes, key, records, pairs)| Parts {
             page: records.iter().map(Record::as_ref).collect(),
@@ -282,6 +282,7 @@ impl Parts {
                 gossip: self.gossip(),
             },
             19 => PeerMessage::Gossip { is_answer: self.choice & 1 == 0, gossip: self.gossip() },
+            20 => PeerMessage::Room { is_left: self.choice & 1 == 0 },
             _ => PeerMessage::ProbeDone {
                 id,
                 sent_wall_us: long1,
@@ -403,7 +404,7 @@ fn every_kind_begins_with_its_number() {
         page: RecordPage::new(),
         pairs: vec![(1, 2)],
     };
-    let names: std::collections::BTreeSet<&str> = (1..=19)
+    let names: std::collections::BTreeSet<&str> = (1..=20)
         .chain(32..=35)
         .map(|kind| {
             let parts = Parts { kind, ..parts.clone() };
@@ -411,7 +412,7 @@ fn every_kind_begins_with_its_number() {
             parts.message().name()
         })
         .collect();
-    assert_eq!(names.len(), 23);
+    assert_eq!(names.len(), 24);
 }
 
 #[test]

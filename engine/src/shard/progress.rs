@@ -8,6 +8,7 @@ use std::rc::Rc;
 use super::Shard;
 use crate::disk::Disk;
 use crate::log::Lsn;
+use crate::log::format::RECORD_HEADER_SIZE;
 use crate::model::{PartitionId, SeenSet, Timestamp};
 use crate::runtime::Runtime;
 
@@ -99,6 +100,27 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 .unsettled
                 .borrow()
                 .has(visible, |token| token.partition(bits) == partition)
+    }
+
+    /// Bytes of the partition's records that are kept here, unpacked: in memory each key once, in
+    /// tables with what newer ones have superseded. Looks at all of it that is in memory.
+    #[must_use]
+    pub fn partition_bytes(&self, partition: PartitionId) -> u64 {
+        let memory = self.state.memory.borrow();
+        let incarnation = memory.replicas().of(partition).incarnation;
+        let range = partition.range(self.state.identity.partition_bits);
+        let records = memory.newest_first().flat_map(|memtable| memtable.sorted_range(range));
+        let in_memory: usize = records
+            .filter(|record| record.incarnation >= incarnation)
+            .map(|record| RECORD_HEADER_SIZE + record.key.len() + record.value.len())
+            .sum();
+        let set = self.state.tables.current();
+        let runs = set.tables().filter_map(|live| {
+            let runs = &live.table().meta().partitions;
+            let at = runs.binary_search_by_key(&partition, |run| run.partition()).ok()?;
+            (runs[at].incarnation_max >= incarnation).then_some(runs[at].raw_bytes)
+        });
+        runs.fold(in_memory as u64, u64::saturating_add)
     }
 
     /// The last record that the log has taken.

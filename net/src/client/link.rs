@@ -4,6 +4,9 @@
 //! Invariant: every request that was sent ends: by its reply, by its deadline, or by the loss of
 //! the connection. One thread at a time writes to the socket (`flushing`), in the order in which
 //! the frames were made. Dropping the link closes the socket, which ends both threads.
+//!
+//! Requests that the server's window does not take wait here ([`Waiters`]): a server that is asked
+//! for too much closes its windows, so this is where the queue is.
 
 #![expect(
     clippy::disallowed_types,
@@ -19,7 +22,7 @@ use std::time::Duration;
 use annulus_engine::model::Instant;
 use futures_channel::oneshot;
 
-use super::timer::{Ticked, Timer};
+use super::timer::{Clock, Ticked, Timer};
 use super::types::Error;
 use crate::client_connection::{ClientConnection, Event, Unsent};
 use crate::wire::hello::{Hello, Welcome};
@@ -84,8 +87,7 @@ struct State {
     /// Swapped with `out` at each write, so that neither is allocated anew.
     spare: Vec<u8>,
     answers: BTreeMap<u32, oneshot::Sender<Outcome>>,
-    /// Senders that wait for room in the window.
-    waiting: VecDeque<oneshot::Sender<()>>,
+    waiting: Waiters,
     /// Somebody writes to the socket, and will go on until `out` is empty.
     flushing: bool,
     /// The writer thread has been asked to be that somebody.
@@ -103,7 +105,7 @@ impl Shared {
         let mut state = self.lock();
         state.lost = true;
         let answers = std::mem::take(&mut state.answers);
-        state.waiting.clear();
+        state.waiting.0.clear();
         drop(state);
         for sender in answers.into_values() {
             let _ = sender.send(Err(Ended::Lost));
@@ -137,12 +139,43 @@ impl Shared {
     }
 }
 
+/// Senders that wait for room in the window, oldest first.
+///
+/// They are served in order until the oldest has waited for half of its time. From then on there
+/// are more than can be served, and the newest go first: whoever has waited so long would hardly be
+/// answered in time, and everybody behind him neither (Maurer, "Fail at Scale", 2015).
+#[derive(Default)]
+struct Waiters(VecDeque<Waiter>);
+
+struct Waiter {
+    since: Instant,
+    deadline: Instant,
+    wake: oneshot::Sender<()>,
+}
+
+impl Waiters {
+    /// Wakes one that still waits. Whether there was one.
+    fn wake_one(&mut self, now: Instant) -> bool {
+        loop {
+            // Those whose time is over wait no more.
+            while self.0.pop_front_if(|oldest| oldest.wake.is_canceled()).is_some() {}
+            let Some(oldest) = self.0.front() else { return false };
+            let newest_first = now.nanos_since(oldest.since) > oldest.deadline.nanos_since(now);
+            let next = if newest_first { self.0.pop_back() } else { self.0.pop_front() };
+            if next.is_some_and(|next| next.wake.send(()).is_ok()) {
+                return true;
+            }
+        }
+    }
+}
+
 impl State {
     /// Lets as many waiting senders try as there is room for.
-    fn wake_waiting(&mut self) {
+    fn wake_waiting(&mut self, now: Instant) {
         for _ in 0..self.connection.room() {
-            let Some(sender) = self.waiting.pop_front() else { return };
-            let _ = sender.send(());
+            if !self.waiting.wake_one(now) {
+                return;
+            }
         }
     }
 }
@@ -157,8 +190,8 @@ impl Ticked for Shared {
                 late.extend(answers.remove(&id));
             }
         });
-        guard.wake_waiting();
-        let waits = guard.connection.waiting() > 0 || !guard.waiting.is_empty();
+        guard.wake_waiting(now);
+        let waits = guard.connection.waiting() > 0 || !guard.waiting.0.is_empty();
         drop(guard);
         for sender in late {
             let _ = sender.send(Err(Ended::TimedOut));
@@ -219,7 +252,7 @@ impl Link {
                 out,
                 spare: Vec::new(),
                 answers: BTreeMap::new(),
-                waiting: VecDeque::new(),
+                waiting: Waiters::default(),
                 flushing: false,
                 writer_asked: false,
                 lost: false,
@@ -230,8 +263,9 @@ impl Link {
         let weak = Arc::downgrade(&shared);
         timer.register(weak);
         let reader = Arc::clone(&shared);
+        let clock = timer.clock;
         let writer = Arc::clone(&shared);
-        spawn("annulus-read", move || read_loop(&reader, buffer))
+        spawn("annulus-read", move || read_loop(&reader, clock, buffer))
             .and_then(|()| spawn("annulus-write", move || write_loop(&writer)))
             .map_err(|error| {
                 shared.lose();
@@ -279,15 +313,16 @@ impl Link {
         Ok(receiver)
     }
 
-    /// Completes when there may be room in the window.
-    pub(crate) fn wait_for_room(&self) -> oneshot::Receiver<()> {
+    /// Completes when there may be room in the window for a request with this deadline.
+    pub(crate) fn wait_for_room(&self, deadline: Instant) -> oneshot::Receiver<()> {
+        let since = self.timer.clock.now();
         let (sender, receiver) = oneshot::channel();
         let mut state = self.shared.lock();
         if state.connection.room() > 0 && state.answers.is_empty() {
             // Nothing is on its way that would wake it.
             let _ = sender.send(());
         } else {
-            state.waiting.push_back(sender);
+            state.waiting.0.push_back(Waiter { since, deadline, wake: sender });
         }
         receiver
     }
@@ -324,7 +359,7 @@ fn connect_socket(address: &str, timeout: Duration) -> std::io::Result<TcpStream
     Err(last.unwrap_or_else(|| std::io::Error::other("the name has no address")))
 }
 
-fn read_loop(shared: &Shared, mut buffer: Vec<u8>) {
+fn read_loop(shared: &Shared, clock: Clock, mut buffer: Vec<u8>) {
     let mut done = Vec::new();
     let mut routes = Vec::new();
     loop {
@@ -346,7 +381,9 @@ fn read_loop(shared: &Shared, mut buffer: Vec<u8>) {
             Event::Route(route) => routes.push(route),
             Event::Welcome(_) | Event::TimedOut { .. } | Event::Goodbye { .. } => {}
         });
-        guard.wake_waiting();
+        if !guard.waiting.0.is_empty() {
+            guard.wake_waiting(clock.now());
+        }
         let finished = guard.lost || (guard.connection.is_closing() && guard.answers.is_empty());
         drop(guard);
         // Outside the lock, because a woken task may come straight back with its next request.
@@ -373,5 +410,38 @@ fn write_loop(shared: &Shared) {
         state.writer_asked = false;
         drop(state);
         shared.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    /// One that came at `since` and has 100 ms.
+    fn wait(waiters: &mut Waiters, since: u64) -> oneshot::Receiver<()> {
+        let (wake, woken) = oneshot::channel();
+        let deadline = Instant((since + 100) * MS);
+        waiters.0.push_back(Waiter { since: Instant(since * MS), deadline, wake });
+        woken
+    }
+
+    fn is_woken(woken: &mut oneshot::Receiver<()>) -> bool {
+        matches!(woken.try_recv(), Ok(Some(())))
+    }
+
+    #[test]
+    fn those_that_wait_go_in_order_until_the_oldest_has_waited_for_half_of_its_time() {
+        let mut waiters = Waiters::default();
+        let mut all: Vec<_> = (0..5).map(|at| wait(&mut waiters, at)).collect();
+        assert!(waiters.wake_one(Instant(40 * MS)) && is_woken(&mut all[0]));
+        assert!(waiters.wake_one(Instant(60 * MS)) && is_woken(&mut all[4]), "the newest");
+        assert!(waiters.wake_one(Instant(60 * MS)) && is_woken(&mut all[3]));
+        // The two that are left give up, and one comes.
+        all.clear();
+        let mut last = wait(&mut waiters, 110);
+        assert!(waiters.wake_one(Instant(110 * MS)) && is_woken(&mut last));
+        assert!(!waiters.wake_one(Instant(111 * MS)));
     }
 }

@@ -287,7 +287,7 @@ impl Client {
             match chosen.link.send(deadline, chosen.route, request, self.flush) {
                 Ok(receiver) => return Ok(Started { receiver, link: chosen.link }),
                 Err(Unsent::WindowFull) => {
-                    let room = chosen.link.wait_for_room();
+                    let room = chosen.link.wait_for_room(deadline);
                     if self.within(deadline, room).await.is_none()
                         && self.pool.timer.clock.now() >= deadline
                     {

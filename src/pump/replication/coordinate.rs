@@ -15,6 +15,7 @@ use annulus_cluster::coordinator::{
     ReadRequest, Requirement, WriteOp,
 };
 use annulus_cluster::message::{PeerMessage, ReadResult, Want, WriteResult};
+use annulus_cluster::room::size_of;
 use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::KeyState;
@@ -31,15 +32,19 @@ use annulus_net::wire::status::Status;
 
 use super::exchange::View;
 use super::forward::micros_until;
+use super::standin::NoRoom;
 use super::trace::Trace;
 use super::{EPOCH, Letter};
 use crate::namespaces::{Availability, Mode, Namespace};
+use crate::pump::admission::Place;
 use crate::pump::execute::{Target, failure_of, sign, with_values};
 use crate::pump::writes::Waiting;
 use crate::pump::{Answer, Done, Lane, Origin, Pump, TASKS_MAX, Wires};
 
 /// When a client may try again whose key's replicas are busy, in milliseconds.
 const BUSY_PAUSE_MS: u32 = 2;
+/// When a client may try again whose write found no room for a stand-in's copy, in milliseconds.
+const FULL_PAUSE_MS: u32 = 1000;
 
 /// What is kept with an operation that other nodes take part in.
 #[derive(Debug)]
@@ -232,8 +237,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         (requirement, homes, fallbacks): (Requirement, &[NodeId], &[NodeId]),
         flags: OperationFlags,
     ) {
+        if self.is_in_vain(Place::Replicas, deadline) || self.is_in_vain(Place::Log, deadline) {
+            return self.refuse_in_vain(target);
+        }
         let Some(replication) = &mut self.replication else { return };
-        let plan = match replication.coordinator.plan_write(requirement, homes, fallbacks) {
+        let plan = match replication.coordinator.plan_write(self.now, requirement, homes, fallbacks)
+        {
             Ok(plan) => plan,
             Err(refusal) => {
                 let failure = Failure::from(refusal);
@@ -243,7 +252,20 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 return target.answer(&answer);
             }
         };
+        // Only where every home is away does another write for them first.
+        let bytes = size_of(mutation.key, mutation.value.unwrap_or_default());
+        let guest = match replication.admit_guest(mutation.token, bytes) {
+            Ok(guest) => guest,
+            Err(NoRoom) => {
+                let what = "no home replica of the key can be reached, and there is no room here";
+                let failure = Failure::new(Status::UNAVAILABLE, what).retry_after(FULL_PAUSE_MS);
+                let answer = Answer::Failure(failure);
+                self.count_failure(&answer);
+                return target.answer(&answer);
+            }
+        };
         if Shard::<D, R>::needs_read(mutation) {
+            replication.keep_guest(guest);
             return self.write_replicas_after_read(target, deadline, mutation, plan, flags);
         }
         let applied = match self.shard.apply(mutation, self.wall) {
@@ -255,6 +277,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 return target.answer(&answer);
             }
         };
+        if let Some(replication) = &mut self.replication {
+            replication.keep_guest(guest);
+        }
         let record = RecordRef {
             token: mutation.token,
             namespace: mutation.namespace,
@@ -479,6 +504,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             WriteResult::Durable => coordinator.acked(moment, op, from, true, actions),
             WriteResult::Accepted(_) => coordinator.acked(moment, op, from, false, actions),
             WriteResult::Refused(status, _) => {
+                if status == Status::FULL.0 {
+                    coordinator.health_mut().set_room(moment.now, from, false);
+                }
                 let lack = if status == Status::BUSY.0 { Lack::Busy } else { Lack::Refused };
                 coordinator.failed(moment, op, from, lack, actions);
             }
@@ -496,6 +524,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         homes: &[NodeId],
         fallbacks: &[NodeId],
     ) {
+        if self.is_in_vain(Place::Replicas, deadline) {
+            return self.refuse_in_vain(target);
+        }
         let moment = self.moment();
         let freshness = (get.max_staleness_ms > 0).then(|| {
             let micros = u64::from(get.max_staleness_ms) * 1000;
@@ -749,7 +780,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     fn answer_operation(&mut self, op: OpId, outcome: Ended, wires: &mut dyn Wires) {
         let Some(replication) = &mut self.replication else { return };
-        let Some(Finished { payload, state }) = replication.coordinator.finish(op) else { return };
+        let Some(finished) = replication.coordinator.finish(op) else { return };
+        let Finished { payload, state, began } = finished;
+        self.admission.came_through(Place::Replicas, self.now.nanos_since(began));
         let Operation { origin, token, namespace, what, trace } = payload;
         let trace = trace.map_or_else(String::new, |trace| trace.end(self.now));
         match (outcome, what) {

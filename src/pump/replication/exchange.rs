@@ -97,7 +97,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let floors = tracking.take_floors();
         // Both look at every partition, and neither is in a hurry.
         let (mut closed, mut done) = (Vec::new(), Vec::new());
-        if self.now >= *next_look {
+        let is_time_to_look = self.now >= *next_look;
+        if is_time_to_look {
             *next_look = self.now.after_nanos(LOOK_NANOS);
             done = tracking.guests_done(&view);
             if self.shard.lost_after().is_some() {
@@ -121,6 +122,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             tracing::debug!(partition = partition.0, "the holders have all that was kept for them");
             let _ = self.shard.drop_partition(partition);
         }
+        if is_time_to_look {
+            self.look_at_room();
+        }
+        self.tell_room();
         for wanted in wanted {
             self.begin_sync(wanted.partition, wanted.helper);
         }
@@ -220,6 +225,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     replication.tracking.set_shared(shared);
                     replication.topology = Rc::new(topology);
                     replication.factors = factors;
+                    self.count_room();
                 }
                 Err(error) => tracing::error!(?error, "no placement for these namespaces"),
             }

@@ -4,6 +4,7 @@
 //! ```text
 //! client's request -> coordinate.rs   plan, apply here, send -> acks -> answer
 //! peer's message   -> replica.rs      check, merge or read   -> answer to the peer
+//!                     standin.rs      copies for absent homes, as many as there is room for
 //! background       -> exchange.rs     announcements, and sync with whoever has what is missing
 //!                     repair.rs       replicas that should be equal are compared
 //!                     refill.rs       what a damaged disk held comes from others
@@ -23,6 +24,7 @@ mod refill;
 mod registers;
 mod repair;
 mod replica;
+mod standin;
 mod sync;
 mod trace;
 
@@ -31,6 +33,7 @@ use std::rc::Rc;
 
 use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions};
 use annulus_cluster::message::PeerMessage;
+use annulus_cluster::room::Room;
 use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
 use annulus_cluster::{NodeId, Topology};
 use annulus_engine::disk::Disk;
@@ -59,6 +62,8 @@ pub struct ReplicationOptions {
     pub topology: Rc<Topology>,
     /// Counts the starts of this node, so that peers know its lives apart.
     pub life: u64,
+    /// Most bytes of copies that this shard keeps of partitions that it is no home of.
+    pub room_bytes_max: u64,
 }
 
 /// A message that leaves at the end of the turn.
@@ -100,6 +105,8 @@ pub(super) struct Replication {
     refill: Refill,
     gossip: Gossip,
     registers: Registers,
+    /// For copies of partitions that are not this node's.
+    room: Room,
     letters: Vec<Letter>,
     /// What the coordinator decided and the end of the turn carries out.
     actions: Vec<Action>,
@@ -148,6 +155,7 @@ impl Replication {
             refill: Refill::new(now),
             gossip,
             registers,
+            room: Room::new(options.room_bytes_max),
             letters: Vec::new(),
             actions: Vec::new(),
             refusals: Vec::new(),
@@ -211,6 +219,16 @@ impl Replication {
         &self.topology
     }
 
+    /// How many requests the other replica takes now that takes the most.
+    pub(super) fn window(&self) -> Option<u32> {
+        self.coordinator.health().window(self.topology.own())
+    }
+
+    /// Operations over replicas that are under way.
+    pub(super) fn operations(&self) -> usize {
+        self.coordinator.len()
+    }
+
     /// Whether nobody waits for another node.
     pub(super) fn is_idle(&self) -> bool {
         self.forwarded.is_empty()
@@ -234,10 +252,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (start, revivals) = replication.life;
         if revivals >= LIVES_OF_A_START {
             // Out of numbers: floors are told anew, and what was known stays.
-            return replication.tracking.set_shared(shared);
+            replication.tracking.set_shared(shared);
+        } else {
+            let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
+            replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
         }
-        let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
-        replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
+        self.count_room();
     }
 
     /// The end of a turn: what was decided is carried out, and all letters leave.

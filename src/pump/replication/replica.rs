@@ -22,6 +22,7 @@ use annulus_net::wire::response::Failure;
 use annulus_net::wire::scan::Scan;
 use annulus_net::wire::status::Status;
 
+use super::standin::{Guest, NoRoom};
 use crate::namespaces::Mode;
 use crate::pump::execute::failure_of;
 use crate::pump::writes::Waiting;
@@ -65,6 +66,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             answer @ (PeerMessage::Promise { .. } | PeerMessage::Accepted { .. }) => {
                 self.holder_answered(from.node, answer);
             }
+            PeerMessage::Room { is_left } => self.take_room(from, is_left),
             background => self.exchange(from, &background, bytes),
         }
     }
@@ -116,12 +118,34 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         record: &RecordRef<'_>,
     ) {
         let origin = (id != 0).then_some(Origin::Replica { from, id });
-        match self.check_peer_record(record) {
-            Ok(Mode::Siblings) => self.merge_state(origin, record),
-            Ok(_) if record.kind == Kind::Siblings => self.merge_state(origin, record),
-            Ok(_) => self.merge_blind(origin, deadline, record),
-            Err((status, reason)) => self.refuse_peer(from, id, status, reason),
+        let mode = match self.check_peer_record(record) {
+            Ok(mode) => mode,
+            Err((status, reason)) => return self.refuse_peer(from, id, status, reason),
+        };
+        let Some(replication) = &mut self.replication else { return };
+        match replication.admit_copy(record) {
+            Ok(guest) => self.merge(mode, origin, deadline, record, guest),
+            Err(NoRoom) if id != 0 => {
+                let result = WriteResult::Refused(Status::FULL.0, Reason::Status);
+                self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
+            }
+            // Read repair: the homes have it, or get it from whoever has.
+            Err(NoRoom) => {}
         }
+    }
+
+    fn merge(
+        &mut self,
+        mode: Mode,
+        origin: Option<Origin>,
+        deadline: Instant,
+        record: &RecordRef<'_>,
+        guest: Option<Guest>,
+    ) {
+        if mode == Mode::Siblings || record.kind == Kind::Siblings {
+            return self.merge_state(origin, record, guest);
+        }
+        self.merge_blind(origin, deadline, record, guest);
     }
 
     /// Checks a record that came from a peer; gives the mode of its namespace.
@@ -153,18 +177,26 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// Merges what a read found elsewhere and lacked here.
     pub(super) fn merge_here(&mut self, record: &RecordRef<'_>) {
-        match self.check_peer_record(record) {
-            Ok(Mode::Siblings) => self.merge_state(None, record),
-            Ok(_) if record.kind == Kind::Siblings => self.merge_state(None, record),
-            Ok(_) => self.merge_blind(None, self.now, record),
-            Err(_) => {}
+        let Ok(mode) = self.check_peer_record(record) else { return };
+        let Some(replication) = &mut self.replication else { return };
+        if let Ok(guest) = replication.admit_copy(record) {
+            self.merge(mode, None, self.now, record, guest);
         }
     }
 
-    fn merge_blind(&mut self, origin: Option<Origin>, deadline: Instant, record: &RecordRef<'_>) {
+    fn merge_blind(
+        &mut self,
+        origin: Option<Origin>,
+        deadline: Instant,
+        record: &RecordRef<'_>,
+        guest: Option<Guest>,
+    ) {
         let bytes = record.key.len() + record.value.len();
         match self.shard.merge_in(record, self.wall) {
             Ok(MergedIn::Applied(lsn)) => {
+                if let Some(replication) = &mut self.replication {
+                    replication.keep_guest(guest);
+                }
                 let applied = Applied { lsn, timestamp: record.timestamp, dot: record.dot };
                 self.writes.push(Waiting {
                     applied,
@@ -190,7 +222,17 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    fn merge_state(&mut self, origin: Option<Origin>, record: &RecordRef<'_>) {
+    fn merge_state(
+        &mut self,
+        origin: Option<Origin>,
+        record: &RecordRef<'_>,
+        guest: Option<Guest>,
+    ) {
+        if self.tasks.len() < TASKS_MAX
+            && let Some(replication) = &mut self.replication
+        {
+            replication.keep_guest(guest);
+        }
         let Some(Origin::Replica { from, id }) = origin else {
             // Read repair: whether it succeeds, the next announcement tells.
             let (shard, record) = (self.shard.clone(), record.to_owned());

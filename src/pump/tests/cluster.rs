@@ -225,7 +225,11 @@ impl Cluster {
             catalogue: Rc::new(catalogue.clone()),
             message_memory: 1 << 20,
             desk: Rc::clone(&desk) as Rc<dyn AdminDesk>,
-            replication: Some(ReplicationOptions { topology: topology(id, count), life: 1 }),
+            replication: Some(ReplicationOptions {
+                topology: topology(id, count),
+                life: 1,
+                room_bytes_max: u64::MAX,
+            }),
         };
         let mut pump = Pump::new(shard.expect("the shard opens"), runtime, options);
         pump.set_catalogue(Rc::new(catalogue));

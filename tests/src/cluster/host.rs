@@ -69,6 +69,8 @@ pub(super) enum Change {
 pub(super) struct Common {
     pub(super) shards: u32,
     pub(super) options: Options,
+    /// Of copies that a shard keeps for others.
+    pub(super) room_bytes_max: u64,
     pub(super) catalogue: Rc<Catalogue>,
     /// By node, as each sees it; empty in a cluster of one.
     pub(super) topologies: Vec<Rc<Topology>>,
@@ -385,7 +387,11 @@ impl Host {
             message_memory: 4 << 20,
             desk: Rc::new(DeskOf(Rc::clone(desk))),
             replication: common.topologies.get(self.place.node as usize).map(|topology| {
-                ReplicationOptions { topology: Rc::clone(topology), life: self.life }
+                ReplicationOptions {
+                    topology: Rc::clone(topology),
+                    life: self.life,
+                    room_bytes_max: common.room_bytes_max,
+                }
             }),
         }
     }

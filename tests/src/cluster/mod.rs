@@ -71,6 +71,8 @@ pub struct ClusterOptions {
     pub replicas: u8,
     /// Whether writes are synced before they are acknowledged, or within a window.
     pub durability: Durability,
+    /// Most bytes of copies that a shard keeps of partitions that are not its node's.
+    pub room_bytes_max: u64,
     /// Longest time of an operation of a disk, in nanoseconds. What takes long is often
     /// interrupted.
     pub disk_nanos_max: u64,
@@ -147,6 +149,7 @@ impl SimCluster {
         let common = Common {
             shards: options.shards,
             options: engine,
+            room_bytes_max: options.room_bytes_max,
             catalogue: Rc::new(catalogue(options.replicas)),
             topologies: topologies(options, engine.partition_bits),
             generations: Rc::default(),

@@ -646,3 +646,28 @@ fn a_snapshot_has_seen_what_it_holds() {
     let old = old.expect("the snapshot opens");
     book.check(&old, &keys_of(&world, &old));
 }
+
+#[test]
+fn a_partitions_bytes_are_counted_in_memory_and_in_tables_until_it_is_dropped() {
+    let mut world = replicated();
+    let shard = world.open();
+    let base = Timestamp::new(world.executor.runtime().wall(), 0).0;
+    let partition = partition_of("k");
+    assert_eq!(shard.partition_bytes(partition), 0);
+    let value = [7; 1000];
+    merge_in(&world, &shard, &foreign("k", dot(2, 1), base + 1, Some(&value)));
+    let one = shard.partition_bytes(partition);
+    assert!((1001..1100).contains(&one), "{one}");
+    merge_in(&world, &shard, &foreign("k", dot(2, 2), base + 2, Some(&value)));
+    assert_eq!(shard.partition_bytes(partition), one, "in memory it was replaced");
+    world.run(shard.flush()).expect("a flush");
+    let flushed = shard.partition_bytes(partition);
+    assert!((1001..1100).contains(&flushed), "{flushed}");
+    merge_in(&world, &shard, &foreign("k", dot(2, 3), base + 3, Some(&value)));
+    assert_eq!(shard.partition_bytes(partition), one + flushed, "once more");
+    let shard = world.crash(3);
+    assert_eq!(shard.partition_bytes(partition), one + flushed, "also after a start");
+    let lsn = shard.drop_partition(partition).expect("taken");
+    world.run(shard.wait_visible(lsn)).expect("durable");
+    assert_eq!(shard.partition_bytes(partition), 0);
+}

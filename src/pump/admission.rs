@@ -44,8 +44,9 @@ use annulus_engine::model::Instant;
 pub(super) const TARGET_NANOS: u64 = 5_000_000;
 /// How long a queue stands before it is one, in nanoseconds.
 pub(super) const INTERVAL_NANOS: u64 = 100_000_000;
-/// The limit is never less than this many requests of the shard.
-const LIMIT_MIN: u32 = 64;
+/// The limit is never less than this many requests of the shard. Few: where hardly anything is
+/// done, as many as a busy disk likes would wait for longer than their deadlines.
+const LIMIT_MIN: u32 = 8;
 /// Intervals for which the least time of a stage is believed.
 const LEAST_INTERVALS: u32 = 50;
 /// While there is a limit, one interval in so many runs at half of it.

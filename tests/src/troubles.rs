@@ -77,6 +77,8 @@ pub struct Severity {
     pub skew_us: u64,
     /// Whether disks may fail; else they are only slow.
     pub disks_fail: bool,
+    /// Whether disks may be lost for ever.
+    pub disks_lost: bool,
 }
 
 /// A schedule for a run of this many nanoseconds, in the order of time.
@@ -132,7 +134,8 @@ pub fn draw(
                 (Trouble::Flap(node, other, period), Trouble::HealNetwork)
             }
             13 => (Trouble::SlowWay(node, other, chance.between(1, 8_000)), Trouble::HealNetwork),
-            14 => (Trouble::LoseDisks(node), Trouble::Start(node)),
+            14 if severity.disks_lost => (Trouble::LoseDisks(node), Trouble::Start(node)),
+            14 => (Trouble::Crash(node), Trouble::Start(node)),
             15 => {
                 (Trouble::Weather(Weather::draw(chance)), Trouble::Weather(Weather::draw(chance)))
             }
@@ -223,7 +226,8 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_schedule_in_the_order_of_time() {
         let take = |seed| {
-            let severity = Severity { troubles: 20, skew_us: 200_000, disks_fail: true };
+            let severity =
+                Severity { troubles: 20, skew_us: 200_000, disks_fail: true, disks_lost: true };
             draw(&mut Chance::new(seed), 3, 2, 5_000 * MS, severity)
         };
         assert_eq!(format!("{:?}", take(1)), format!("{:?}", take(1)));

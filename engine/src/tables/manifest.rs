@@ -187,8 +187,21 @@ impl<D: Disk> Manifest<D> {
         }
         if replay.torn || replay.repaired > 0 {
             manifest.roll(&replay.layout).await?;
+        } else {
+            manifest.confirm(&replay.edits).await?;
         }
         Ok((manifest, replay.layout))
+    }
+
+    /// Writes the last edit again where it stands, durably. The append that wrote it may have
+    /// failed: then it can be read, and the medium may still lose it, which must not happen under
+    /// edits that follow. Needs no space, and a crash tears nothing: the bytes are the same.
+    async fn confirm(&self, edits: &[(u64, TableSetEdit)]) -> Result<()> {
+        // The first edit states everything, and was durable before the file had its name.
+        let [_, .., (at, last)] = edits else { return Ok(()) };
+        let salt = file_salt(self.owner.cluster, self.owner.shard, self.id);
+        let buf = encode(last, salt, self.sequence - 1, *at, self.file.alignment());
+        self.file.write_at(*at, buf, WriteMode::Durable).await.1
     }
 
     /// Makes an edit durable; `after` is the layout that it leads to. One write, or a roll when

@@ -72,6 +72,27 @@ fn history(count: u64) -> History {
     History { edits, layouts }
 }
 
+/// Found by seed 22 of the several mishaps: an append failed, its edit could be read all the same, the
+/// next open built on it, and a power cut took it out from under the edits that followed.
+#[test]
+fn what_an_open_has_read_is_durable_before_anything_follows_it() {
+    for seed in 0..20 {
+        let (mut world, history) = (World::new(seed, 512), history(6));
+        let mut manifest = world.create();
+        (0..3).for_each(|number| world.append(&mut manifest, &history, number));
+        world.disk.inject(Rule::nth(Op::Write, 1, Fault::Eio));
+        let (edit, after) = (&history.edits[3], &history.layouts[4]);
+        world.executor.run(manifest.append(edit, after)).expect_err("the disk failed");
+        let (mut manifest, layout) = world.open().unwrap();
+        let kept = history.layouts.iter().position(|it| *it == layout).unwrap();
+        world.append(&mut manifest, &history, kept);
+        world.executor.kill_tasks();
+        world.disk = world.disk.crash(seed);
+        let (_, layout) = world.open().unwrap();
+        assert_eq!(layout, history.layouts[kept + 1], "seed {seed}");
+    }
+}
+
 #[test]
 fn a_reopened_manifest_says_what_was_appended() {
     for alignment in [512, 4096] {

@@ -172,6 +172,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             true => topology.preference(partition, namespace.n).split_off(homes.len()),
             false => Vec::new(),
         };
+        let is_alone = is_home && copies == 1 && fallbacks.is_empty();
         match request {
             Request::Get(get) => {
                 let alone = requirement.needed() <= 1 && homes.contains(&topology.own());
@@ -187,7 +188,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 };
                 let wanted = (put.token, put.namespace, put.key);
                 let value = Some(put.value);
-                if copies == 1 && fallbacks.is_empty() {
+                if is_alone {
                     return self.write(target, deadline, wanted, value, expiry_ms, &put.options);
                 }
                 let mutation = self.mutation(wanted, value, expiry_ms, &put.options);
@@ -203,7 +204,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
             Request::Delete(delete) => {
                 let wanted = (delete.token, delete.namespace, delete.key);
-                if copies == 1 && fallbacks.is_empty() {
+                if is_alone {
                     return self.write(target, deadline, wanted, None, 0, &delete.options);
                 }
                 let mutation = self.mutation(wanted, None, 0, &delete.options);

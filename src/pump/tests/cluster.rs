@@ -457,6 +457,24 @@ fn without_a_majority_of_the_holders_namespaces_stay_as_they_are_and_keys_do_not
     assert!(cluster.nodes.iter().all(|node| node.desk.catalogue.borrow().by_name("a").is_none()));
 }
 
+/// One copy, its home away: the member that was asked wrote it to its own disk, and said that the home
+/// had it.
+#[test]
+fn a_strict_write_of_one_copy_is_refused_while_its_home_is_away() {
+    let mut cluster = Cluster::new(3);
+    let settings = Settings { n: Some(1), ..Settings::default() };
+    assert_eq!(cluster.create(1, "one", settings).0, Status::OK);
+    cluster.run(1_000 * MS);
+    cluster.cut_off(3);
+    let mut statuses = std::collections::BTreeMap::new();
+    for i in 0..40 {
+        let (status, _) = cluster.put(1, 1, &format!("key{i}"), OperationFlags::STRICT);
+        *statuses.entry(status).or_insert(0) += 1;
+    }
+    let refused = statuses.get(&Status::UNAVAILABLE).copied().unwrap_or(0);
+    assert!(refused > 0 && statuses.get(&Status::OK) == Some(&(40 - refused)), "{statuses:?}");
+}
+
 #[test]
 fn members_that_change_namespaces_at_once_give_no_id_twice() {
     let mut cluster = Cluster::new(5);

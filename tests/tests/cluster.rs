@@ -25,11 +25,11 @@ fn the_same_seed_gives_the_same_story() {
 #[test]
 fn namespaces_are_changed_by_all_nodes_at_once_and_never_fork() {
     let mut changes = 0;
-    for seed in 0..40 {
+    for seed in 0..20 {
         match ClusterStory::draw_with_operators(seed).tell() {
             Ok(told) => changes += told.changes,
             Err(found) => panic!("{found}"),
         }
     }
-    assert!(changes > 500, "{changes}");
+    assert!(changes > 100, "{changes}");
 }

@@ -66,6 +66,12 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// What it does.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
+
     /// Strikes the `nth` operation of this kind, counted from 1, once.
     #[must_use]
     pub fn nth(op: Op, nth: u64, fault: Fault) -> Rule {

@@ -35,7 +35,7 @@ use annulus_engine::options::{Durability, Options};
 use annulus_engine::runtime::{Class, Runtime as _};
 use annulus_engine::shard::ScanRequest;
 use annulus_engine::shard::Shard;
-use annulus_engine::sim::{Chance, Rule, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
+use annulus_engine::sim::{Chance, Fault, Rule, SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 use annulus_net::wire::status::Status as ReplyStatus;
 
 use crate::calls::CallMix;
@@ -102,6 +102,8 @@ struct Node {
     disk_trouble: Option<Instant>,
     /// When it last changed: start, end, pause, going on, trouble of its disk.
     disturbed: Instant,
+    /// The longest that an operation of a troubled disk may take, in nanoseconds.
+    disk_delay: u64,
     /// When it was last paused or resumed.
     paused_at: Instant,
 }
@@ -171,6 +173,7 @@ impl SimCluster {
                 ailing: false,
                 disk_trouble: None,
                 disturbed: Instant(0),
+                disk_delay: 0,
                 paused_at: Instant(0),
             })
             .collect();
@@ -418,8 +421,10 @@ impl SimCluster {
     }
 
     fn end_of_disk_trouble(&mut self, node: u32) {
+        // An operation that has begun to take long goes on to, after the disk is well again.
+        let late = std::mem::take(&mut self.nodes[node as usize].disk_delay);
         if let Some(from) = self.nodes[node as usize].disk_trouble.take() {
-            let mark = Mark::Stood { node, from: from.0, until: self.now().0 };
+            let mark = Mark::Stood { node, from: from.0, until: self.now().0 + late };
             self.book.mark(mark);
         }
     }
@@ -462,6 +467,9 @@ impl SimCluster {
         let troubled = &mut self.nodes[node as usize];
         troubled.ailing = true;
         troubled.disk_trouble.get_or_insert(now);
+        if let Fault::Delay(nanos) = rule.fault() {
+            troubled.disk_delay = troubled.disk_delay.max(nanos);
+        }
         self.disk(node, shard).inject(rule);
         self.note_disturbance(node);
     }

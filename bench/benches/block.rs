@@ -42,7 +42,7 @@ fn blocks(c: &mut Criterion) {
                 block.get(near.token, near.namespace, b"another key").is_none()
             });
         });
-        block.iter().for_each(|record| fold.add_bytes(record.value));
+        block.iter().for_each(|record| fold.add_bytes(&record.value.side_by_side()));
         fold.add(u64::from(handle.len));
     }
     fold.print("block");

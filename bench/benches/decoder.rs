@@ -63,7 +63,7 @@ fn stream(facts: &ServerFacts, value: Option<&[u8]>) -> Vec<u8> {
                 token,
                 namespace,
                 key: &key,
-                value,
+                value: value.into(),
                 ttl: Ttl::Default,
                 options: WriteOptions::default(),
             }),

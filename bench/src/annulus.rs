@@ -204,7 +204,7 @@ impl Annulus {
                 token,
                 namespace,
                 key: held.key,
-                value: held.value,
+                value: held.value.into(),
                 ttl: Ttl::Default,
                 options: WriteOptions { level: plan.write_level, ..WriteOptions::default() },
             })),
@@ -397,7 +397,7 @@ fn answer(
         (Asked::Get, Status::OK) => {
             let read = ReadReply::decode(body).map_err(broken)?;
             match read.values.first() {
-                Some(first) => done(id, Reply::Value(first.value)),
+                Some(first) => done(id, Reply::Value(&first.value.side_by_side())),
                 None => done(id, Reply::Absent),
             }
         }

@@ -327,7 +327,7 @@ impl Bench {
             namespace: NAMESPACE,
             merge: Merge::LastWriteWins,
             key: &key,
-            value: Some(value),
+            value: Some(value.into()),
             expiry_ms: 0,
             context: None,
             condition: Condition::None,

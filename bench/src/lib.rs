@@ -10,5 +10,7 @@ pub mod report;
 pub mod resp;
 pub mod run;
 pub mod target;
+#[cfg(feature = "uring")]
+pub mod turns;
 pub mod usage;
 pub mod verify;

@@ -47,7 +47,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         is_delete: false,
         is_blind: false,
         expiry_ms: 0,
-        value: b"value",
+        value: b"value".into(),
     };
     state.write(sibling, &Context::default()).expect("one sibling fits");
     let siblings = record(Kind::Siblings, &state.encode());

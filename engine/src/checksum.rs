@@ -18,6 +18,13 @@ pub fn salted_parts(file_id: u64, offset: u64, first: &[u8], second: &[u8]) -> u
     crc32c::crc32c_append(salted(file_id, offset, first), second)
 }
 
+/// The checksum of what `sum` is the checksum of, and these bytes behind it.
+#[inline]
+#[must_use]
+pub fn proceed(sum: u32, bytes: &[u8]) -> u32 {
+    crc32c::crc32c_append(sum, bytes)
+}
+
 /// The salt: a multiply spreads id and offset over 32 bits, so that neighbours differ in many.
 #[inline]
 fn salt(file_id: u64, offset: u64) -> u32 {
@@ -36,5 +43,6 @@ mod tests {
         assert_ne!(sum, salted(1, 8192, b"block"));
         assert_ne!(sum, salted(1, 4096, b"blocl"));
         assert_eq!(sum, salted_parts(1, 4096, b"bl", b"ock"));
+        assert_eq!(sum, proceed(salted(1, 4096, b"bl"), b"ock"));
     }
 }

@@ -200,6 +200,7 @@ impl ClientConnection {
             match decoder.next(&mut input) {
                 Ok(Some(frame)) if frame.header.is_slice() => match self.reassembly.add(&frame) {
                     Ok(Gathered::Whole(header, body)) => {
+                        let body = body.value().side_by_side();
                         if let Err(lost) = self.message(&header, &body, visit) {
                             break Err(lost);
                         }

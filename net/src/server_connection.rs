@@ -8,7 +8,7 @@
 
 mod replies;
 
-use annulus_engine::model::Instant;
+use annulus_engine::model::{Instant, Pieces};
 
 pub use replies::{MemoryBudget, Replies, Ticket};
 
@@ -246,7 +246,7 @@ impl ServerConnection {
             match gather(&mut self.reassembly, &mut self.slices_since, &mut replies, &frame, now) {
                 Ok(Some((header, body, since))) => {
                     let timing = Timing { since, ..timing };
-                    replies.admitted(&header, &body, &timing, &context, handler);
+                    replies.admitted_long(&header, &body, &timing, &context, handler);
                 }
                 Ok(None) => {}
                 Err(error) => return Err(self.close(out, Close::of(error))),
@@ -453,7 +453,7 @@ fn greet(replies: &mut Replies<'_>, frame: &Frame<'_>, facts: &ServerFacts) -> G
 }
 
 /// Adds a slice. The whole message and the time of its first slice, once it is whole.
-type Whole = (FrameHeader, Vec<u8>, Instant);
+type Whole = (FrameHeader, Pieces, Instant);
 
 fn gather(
     reassembly: &mut Reassembly,

@@ -33,7 +33,8 @@ fn good_bodies() -> Vec<(&'static str, u8, Vec<u8>)> {
         flags: OperationFlags::TRACE,
     });
     let key = b"key";
-    let put = Operation::Put(Put { token, namespace, key, value: b"v", ttl: Ttl::Never, options });
+    let put =
+        Operation::Put(Put { token, namespace, key, value: b"v".into(), ttl: Ttl::Never, options });
     let all = WriteOptions {
         condition: Condition::IfVersion(Default::default()),
         context: Some(b"context"),

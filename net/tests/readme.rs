@@ -80,6 +80,7 @@ fn get(key: &[u8]) -> Operation<'_> {
 }
 
 fn put<'a>(key: &'a [u8], value: &'a [u8], ttl: Ttl, options: WriteOptions<'a>) -> Operation<'a> {
+    let value = value.into();
     Operation::Put(Put { token: Token::MIN, namespace: NAMESPACE, key, value, ttl, options })
 }
 
@@ -96,7 +97,7 @@ fn serve(
         context: b"ctx",
         trace: b"",
     };
-    let value = ValueRef { version: version(7), expiry_ms: 0, value: b"Ada" };
+    let value = ValueRef { version: version(7), expiry_ms: 0, value: b"Ada".into() };
     let written = WriteFacts {
         version: version(8),
         acks: 1,
@@ -144,7 +145,7 @@ fn serve(
                 timestamp: version(8).timestamp,
                 expiry_ms: 0,
                 key: b"user:1",
-                value: b"Ada",
+                value: b"Ada".into(),
             });
             replies.page(ticket, page, Some((token, b"user:1")));
         }

@@ -131,7 +131,12 @@ impl<'a, W: Write> Report<'a, W> {
             write!(self.out, " expires={}", moment(record.expiry_ms.saturating_mul(1000)))?;
         }
         if record.kind != Kind::Delete {
-            write!(self.out, " size={} value={}", record.value.len(), shown(record.value))?;
+            write!(
+                self.out,
+                " size={} value={}",
+                record.value.len(),
+                shown(&record.value.side_by_side())
+            )?;
         }
         writeln!(self.out)
     }
@@ -203,7 +208,7 @@ fn record_json(path: &Path, place: (&str, u64), record: &RecordRef<'_>, version:
     match record.kind {
         Kind::Put => {
             put("kind", "put".into());
-            let (name, value) = text_or_base64("value", record.value);
+            let (name, value) = text_or_base64("value", &record.value.side_by_side());
             put(&name, value);
         }
         Kind::Delete => {
@@ -232,7 +237,7 @@ fn siblings_json(state: &KeyState<'_>) -> Value {
             if sibling.is_delete {
                 document.insert("tombstone".into(), true.into());
             } else {
-                let (name, value) = text_or_base64("value", sibling.value);
+                let (name, value) = text_or_base64("value", &sibling.value.side_by_side());
                 document.insert(name, value);
             }
             if sibling.expiry_ms != 0 {

@@ -58,7 +58,7 @@ impl Store {
                 namespace: NamespaceId(0),
                 merge: Merge::LastWriteWins,
                 key: key.as_bytes(),
-                value,
+                value: value.map(Into::into),
                 expiry_ms: 0,
                 context: None,
                 condition: Condition::None,

@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use annulus_cluster::NodeId;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, Token, WallMicros};
+use annulus_engine::model::{Instant, Token, Value, WallMicros};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{ShardStats, SpaceLevel};
 use annulus_net::wire::hello::{self, NamespaceFact};
@@ -85,7 +85,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     Self::attend(&mut self.attention, connection, session);
                 }
             }
-            (Ok(json), origin) => self.answer(origin, &Answer::Raw(Status::OK, &json), wires),
+            (Ok(json), origin) => {
+                self.answer(origin, &Answer::Raw(Status::OK, Value::Whole(&json)), wires)
+            }
             (Err((status, message)), origin) => {
                 let failure = Failure::new(status, &message);
                 self.answer(origin, &Answer::Failure(failure), wires);
@@ -110,7 +112,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         } else {
             let body = page.into_body(next);
-            self.answer(origin, &Answer::Raw(Status::OK, &body), wires);
+            self.answer(origin, &Answer::Raw(Status::OK, Value::Whole(&body)), wires);
         }
     }
 }

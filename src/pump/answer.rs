@@ -5,8 +5,9 @@
 
 use annulus_cluster::coordinator::OpId;
 use annulus_cluster::tracking::PeerShard;
+use annulus_engine::model::{Pieces, Value};
 use annulus_net::server_connection::{Replies, Ticket};
-use annulus_net::wire::frame::Opcode;
+use annulus_net::wire::frame::{FRAME_BODY_MAX, Opcode};
 use annulus_net::wire::response::{self, BatchResults, Failure, ReadFacts, ValueRef, WriteFacts};
 use annulus_net::wire::status::Status;
 use futures_channel::oneshot;
@@ -69,7 +70,7 @@ pub enum Answer<'a> {
     /// It failed.
     Failure(Failure<'a>),
     /// What another shard answered, as it stands.
-    Raw(Status, &'a [u8]),
+    Raw(Status, Value<'a>),
 }
 
 impl Answer<'_> {
@@ -80,7 +81,7 @@ impl Answer<'_> {
             Answer::Written(facts) => replies.written(ticket, facts),
             Answer::ConditionFalse(facts) => replies.condition_false(ticket, facts),
             Answer::Failure(failure) => replies.failure(ticket, failure),
-            Answer::Raw(status, body) => replies.raw(ticket, *status, body),
+            Answer::Raw(status, body) => replies.raw(ticket, *status, *body),
         }
     }
 
@@ -93,11 +94,26 @@ impl Answer<'_> {
                 results.write(index, verb, Status::CONDITION_FALSE, facts);
             }
             Answer::Failure(failure) => results.failure(index, verb, failure),
-            Answer::Raw(status, body) => results.raw(index, verb, *status, body),
+            Answer::Raw(status, body) => {
+                results.raw(index, verb, *status, &body.side_by_side());
+            }
         }
     }
 
-    /// Status and body, for another shard to pass on.
+    /// Status and body, for another shard to pass on. A long value's pieces are shared with it.
+    pub(super) fn to_pieces(&self) -> (Status, Pieces) {
+        match self {
+            Answer::Read(facts, values) if response::read_size(facts, values) > FRAME_BODY_MAX => {
+                (response::read_status(values), response::read_in_pieces(facts, values))
+            }
+            _ => {
+                let (status, body) = self.to_bytes();
+                (status, body.into())
+            }
+        }
+    }
+
+    /// Status and body, for another node to pass on.
     pub(super) fn to_bytes(&self) -> (Status, Vec<u8>) {
         let mut body = Vec::new();
         let status = match self {
@@ -118,7 +134,7 @@ impl Answer<'_> {
                 failure.status
             }
             Answer::Raw(status, bytes) => {
-                body.extend_from_slice(bytes);
+                bytes.copy_to(&mut body);
                 *status
             }
         };

@@ -10,7 +10,8 @@ use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::{BoundContext, Context, KeyState};
 use annulus_engine::model::{
-    Instant, Kind, NamespaceId, RecordRef, Timestamp, Token, VersionVector, WallMicros,
+    Instant, Kind, NamespaceId, Pieces, RecordRef, Timestamp, Token, Value, VersionVector,
+    WallMicros,
 };
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Condition, Merge, Mutation, Outcome, Probe, Shard};
@@ -63,7 +64,7 @@ impl Target<'_, '_> {
             Target::Connection(replies, _, ticket) => answer.to_connection(replies, ticket),
             Target::Batch(results, _, index, verb) => answer.to_batch(results, index, verb),
             Target::Shard(outbox, shard, id) => {
-                let (status, body) = answer.to_bytes();
+                let (status, body) = answer.to_pieces();
                 outbox.push((shard, Message::Answer { id, status, body }));
             }
         }
@@ -124,7 +125,7 @@ pub(super) fn with_values<T>(
                 .map(|sibling| ValueRef {
                     version: Version { timestamp: sibling.timestamp, dot: sibling.dot },
                     expiry_ms: sibling.expiry_ms,
-                    value: if version_only { &[] } else { sibling.value },
+                    value: if version_only { Value::EMPTY } else { sibling.value },
                 })
                 .collect();
             show(&values, &context(&state))
@@ -132,7 +133,7 @@ pub(super) fn with_values<T>(
         Some(record) if record.is_live(wall) => {
             let mut value = ValueRef::from(record);
             if version_only {
-                value.value = &[];
+                value.value = Value::EMPTY;
             }
             show(&[value], &[])
         }
@@ -222,9 +223,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if shard == self.map.own() {
             return self.execute(target, deadline, operation);
         }
-        let mut body = Vec::with_capacity(operation.size());
-        operation.encode(&mut body);
         if self.can_hand_over() {
+            let body = operation.to_pieces();
             let handed = self.hand_over(shard, operation.opcode(), body, deadline, target.defer());
             debug_assert!(handed.is_ok(), "checked just above");
         } else {
@@ -374,7 +374,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         target: Target<'_, '_>,
         deadline: Instant,
         wanted: (Token, NamespaceId, &[u8]),
-        value: Option<&[u8]>,
+        value: Option<Value<'_>>,
         expiry_ms: u64,
         options: &WriteOptions<'_>,
     ) {
@@ -384,7 +384,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         };
         let mutation = Mutation { context: context.as_ref(), ..mutation };
         let (_, _, key) = wanted;
-        let bytes = key.len() + value.map_or(0, <[u8]>::len);
+        let bytes = key.len() + value.map_or(0, |value| value.len());
         if Shard::<D, R>::needs_read(&mutation) {
             return self.write_after_read(target, deadline, &mutation, options.flags);
         }
@@ -424,7 +424,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn mutation<'a>(
         &self,
         (token, namespace_id, key): (Token, NamespaceId, &'a [u8]),
-        value: Option<&'a [u8]>,
+        value: Option<Value<'a>>,
         expiry_ms: u64,
         options: &WriteOptions<'_>,
     ) -> Result<(Mutation<'a>, Option<Context>), Failure<'static>> {
@@ -489,11 +489,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             token: mutation.token,
             flags,
             as_of: Timestamp::ZERO,
-            bytes: mutation.key.len() + mutation.value.map_or(0, <[u8]>::len),
+            bytes: mutation.key.len() + mutation.value.map_or(0, |value| value.len()),
             is_put: mutation.value.is_some(),
         };
         let key = mutation.key.to_vec();
-        let value = mutation.value.map(<[u8]>::to_vec);
+        let value = mutation.value.map(Pieces::of);
         let context = mutation.context.cloned();
         let (merge, condition) = (mutation.merge, mutation.condition);
         let expiry_ms = mutation.expiry_ms;
@@ -503,7 +503,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 namespace: pending.namespace,
                 merge,
                 key: &key,
-                value: value.as_deref(),
+                value: value.as_ref().map(Pieces::value),
                 expiry_ms,
                 context: context.as_ref(),
                 condition,

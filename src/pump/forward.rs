@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use annulus_cluster::membership::MemberView;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, PartitionId, Token};
+use annulus_engine::model::{Instant, PartitionId, Pieces, Token};
 use annulus_engine::runtime::Runtime;
 use annulus_net::wire::codec::Reader;
 use annulus_net::wire::frame::Opcode;
 use annulus_net::wire::operation::Operation;
+use annulus_net::wire::request::Request;
 use annulus_net::wire::response::Failure;
 use annulus_net::wire::scan::Scan;
 use annulus_net::wire::status::Status;
@@ -110,7 +111,7 @@ pub enum Message {
         /// GET, PUT, DELETE or SCAN.
         opcode: Opcode,
         /// The request's body.
-        body: Vec<u8>,
+        body: Pieces,
     },
     /// The answer to a request.
     Answer {
@@ -119,7 +120,7 @@ pub enum Message {
         /// Its status.
         status: Status,
         /// Its body.
-        body: Vec<u8>,
+        body: Pieces,
     },
     /// What the shard that speaks for the node believes of the members of its cluster.
     Members(Arc<[MemberView]>),
@@ -134,7 +135,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         &mut self,
         shard: u32,
         opcode: Opcode,
-        body: Vec<u8>,
+        body: Pieces,
         deadline: Instant,
         origin: Origin,
     ) -> Result<(), Origin> {
@@ -155,7 +156,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         match message {
             Message::Answer { id, status, body } => {
                 if let Some((origin, _)) = self.forwarded.remove(&id) {
-                    self.answer(origin, &Answer::Raw(status, &body), wires);
+                    self.answer(origin, &Answer::Raw(status, body.value()), wires);
                 }
             }
             Message::Request { from, id, deadline, opcode, body } => {
@@ -172,17 +173,28 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         origin: Origin,
         deadline: Instant,
         opcode: Opcode,
-        body: &[u8],
+        body: &Pieces,
         wires: &mut dyn Wires,
     ) {
         let context = self.facts.decode_context();
+        let (head, value);
         let refusal = if opcode == Opcode::Scan {
-            match Scan::decode(body) {
+            match Scan::decode(&body.value().side_by_side()) {
                 Ok(scan) => return self.start_scan(origin, deadline, 0, &scan),
                 Err(refusal) => refusal,
             }
         } else {
-            match Operation::decode(&mut Reader::new(body), &context) {
+            let operation = match Request::value_of_put(opcode.request(), body, &context) {
+                Some(at) => {
+                    value = body.skip(at);
+                    Operation::decode_put(&body.list()[0].bytes()[..at], &value, &context)
+                }
+                None => {
+                    head = body.value().side_by_side();
+                    Operation::decode(&mut Reader::new(&head), &context)
+                }
+            };
+            match operation {
                 Ok(operation) => return self.execute_later(origin, deadline, &operation, wires),
                 Err(refusal) => refusal,
             }

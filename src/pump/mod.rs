@@ -703,7 +703,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
             }
             Origin::Shard { shard, id } => {
-                let (status, body) = answer.to_bytes();
+                let (status, body) = answer.to_pieces();
                 self.outbox.push((shard, Message::Answer { id, status, body }));
             }
             Origin::Replica { from, id } => self.answer_replica(from, id, answer),

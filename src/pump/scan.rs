@@ -28,7 +28,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let mut body = Vec::with_capacity(scan.size());
         scan.encode(&mut body);
         // Refused only when thousands are under way; the deadline then answers.
-        if let Err(origin) = self.hand_over(shard, Opcode::Scan, body, deadline, origin) {
+        if let Err(origin) = self.hand_over(shard, Opcode::Scan, body.into(), deadline, origin) {
             self.tasks.push(Box::pin(std::future::ready(Done::Admin {
                 origin,
                 reply: Err((Status::BUSY, "the key's shard is overloaded".to_owned())),

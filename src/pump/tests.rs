@@ -152,8 +152,7 @@ impl World {
     fn ask(&mut self, operation: &Operation<'_>) -> u64 {
         let runtime = self.executor.runtime();
         self.pump.tick(runtime.now());
-        let mut body = Vec::new();
-        operation.encode(&mut body);
+        let body = operation.to_pieces();
         self.next_id += 1;
         let (id, opcode) = (self.next_id, operation.opcode());
         let deadline = runtime.now().after_nanos(60_000_000_000);
@@ -168,7 +167,7 @@ impl World {
             token: Token::of_key(key, 3),
             namespace: NamespaceId(0),
             key,
-            value: &[7; 100],
+            value: (&[7; 100]).into(),
             ttl: Ttl::Never,
             options: WriteOptions { condition, ..WriteOptions::default() },
         }))

@@ -124,7 +124,7 @@ impl Client {
             namespace: key.0,
             merge: Merge::LastWriteWins,
             key: &key.1,
-            value: value.as_deref(),
+            value: value.as_deref().map(Into::into),
             expiry_ms,
             context: None,
             condition: Condition::None,

@@ -66,7 +66,11 @@ async fn read(disk: &SimDisk, known: &Known) -> Result<ReplayEnd> {
             ReplayItem::Record(record) => {
                 let appended = known.appended.borrow();
                 let expected = appended.get(&lsn.0).unwrap_or_else(|| panic!("{lsn:?} is new"));
-                assert_eq!(Some(record.value), expected.as_deref(), "{lsn:?} has another value");
+                assert_eq!(
+                    Some(record.value),
+                    expected.as_deref().map(Into::into),
+                    "{lsn:?} has another value"
+                );
                 assert_eq!(record.dot.sequence, lsn.0);
             }
             ReplayItem::Control(Control::Close) => {}
@@ -106,7 +110,7 @@ fn append(log: &Log, known: &Known, value: Vec<u8>) -> Result<Lsn> {
         timestamp: Timestamp(next),
         expiry_ms: 0,
         key: b"key",
-        value: &value,
+        value: (&value).into(),
     };
     // Before the append: in `Periodic` mode the record may be on its way at once.
     known.appended.borrow_mut().insert(next, Some(value.clone()));

@@ -180,7 +180,7 @@ pub fn put<'a>(key: &'a [u8], value: &'a [u8]) -> Outgoing<'a> {
         token: Token(0),
         namespace: NamespaceId(0),
         key,
-        value,
+        value: value.into(),
         ttl: Ttl::Default,
         options: WriteOptions::default(),
     }))

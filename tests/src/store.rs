@@ -332,7 +332,7 @@ impl Store {
             namespace: key.0,
             merge: if has_siblings { Merge::Siblings } else { Merge::LastWriteWins },
             key: &key.1,
-            value,
+            value: value.map(Into::into),
             expiry_ms,
             context: read.as_ref().map(|read| &read.context),
             condition,

@@ -259,7 +259,8 @@ fn values_from_nothing_to_a_mebibyte_come_back_and_larger_ones_are_refused() {
     let dir = scratch();
     let server = two_shards(&dir).start();
     let keys = server.namespace();
-    let sizes = [0, 1, 511, 4096, 32_700, 32_768, 32_769, 65_536, 500_000, (1 << 20) - 1, 1 << 20];
+    let sizes =
+        [0, 1, 511, 4096, 32_700, 32_767, 32_768, 32_769, 65_536, 500_000, (1 << 20) - 1, 1 << 20];
     for round in 0..2u64 {
         for size in sizes {
             let key = format!("size-{size}");
@@ -284,6 +285,43 @@ fn values_from_nothing_to_a_mebibyte_come_back_and_larger_ones_are_refused() {
     let setup = server.kill_nine();
     let server = setup.start();
     check(&server.namespace());
+}
+
+/// Sixteen times the default, and after a restart that leaves nothing in memory: long values are
+/// whole in log, memtable and tables, and whichever shard is asked.
+#[test]
+fn values_of_the_highest_limit_come_back_from_memory_and_from_disk() {
+    let dir = scratch();
+    let limit = 16 << 20;
+    let setup = two_shards(&dir)
+        .with("value-size-max", "16MiB")
+        .with("memtable-size", "16MiB")
+        .with("cache-size", "1MiB");
+    let mut server = setup.start();
+    let sizes = [65_536, 65_537, 131_072, 300_000, 1 << 20, limit - 1, limit];
+    // One value packs well, the next does not.
+    let value = |index: usize, size: usize| match index % 2 {
+        0 => value_of(size as u64, size),
+        _ => value_of(size as u64, 1000).into_iter().cycle().take(size).collect(),
+    };
+    for restarts in 0..2 {
+        let keys = server.namespace();
+        for (index, &size) in sizes.iter().enumerate() {
+            let key = format!("long-{size}");
+            if restarts == 0 {
+                keys.put(key.as_bytes(), &value(index, size)).unwrap();
+            }
+            let found = keys.get(key.as_bytes()).unwrap();
+            assert!(found == Some(value(index, size)), "{size} bytes after {restarts} restarts");
+        }
+        match keys.put(b"too-long", &vec![0; limit + 1]) {
+            Err(Error::Refused { status, detail, .. }) => {
+                assert_eq!((status, detail), (Status::TOO_BIG, 16 << 20));
+            }
+            other => panic!("{other:?}"),
+        }
+        server = server.terminate().0.start();
+    }
 }
 
 #[test]

@@ -60,7 +60,7 @@ fn cluster() -> SimCluster {
                 namespace,
                 merge,
                 key: &key,
-                value: Some(&value),
+                value: Some((&value).into()),
                 expiry_ms: 0,
                 context: None,
                 condition: Condition::None,
@@ -106,7 +106,7 @@ fn what_was_altered_behind_the_stores_back_is_found_and_mended() {
     let good = [record(&cluster, 2, LWW, 5), record(&cluster, 2, LWW, 6)];
     let altered = Record { value: vec![8; 9], ..good[0].clone() };
     shard.merge_again(&altered.as_ref(), wall).expect("taken");
-    let gone = RecordRef { kind: Kind::Delete, value: &[], ..good[1].as_ref() };
+    let gone = RecordRef { kind: Kind::Delete, value: (&[]).into(), ..good[1].as_ref() };
     shard.merge_again(&gone, wall).expect("taken");
     cluster.drive(SECOND);
     assert_eq!(record(&cluster, 2, LWW, 5).value, altered.value);

@@ -67,7 +67,7 @@ async fn write(disk: &SimDisk, records: &[Record], codec: Codec) -> Result<()> {
     };
     let mut writer = TableWriter::new(file, identity(), options);
     for record in records {
-        writer.add(&record.as_ref())?;
+        writer.append(&record.as_ref(), &async || ()).await?;
         writer.flush().await?;
     }
     writer.finish().await?;

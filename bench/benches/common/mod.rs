@@ -119,7 +119,7 @@ pub fn table(records: &[Record], codec: Codec) -> TableFixture {
         let file = disk.open(&path, OpenMode::Create).await.expect("a new file");
         let mut writer = TableWriter::new(file.clone(), identity.clone(), options);
         for record in records {
-            writer.add(&record.as_ref()).expect("records are in order");
+            writer.append(&record.as_ref(), &async || ()).await.expect("records are in order");
             if writer.should_flush() {
                 writer.flush().await.expect("the disk has no faults");
             }

@@ -55,7 +55,7 @@ impl ShardFixture {
             namespace: record.namespace,
             merge: Merge::LastWriteWins,
             key: &record.key,
-            value: Some(&record.value),
+            value: Some((&record.value).into()),
             expiry_ms: 0,
             context: None,
             condition: Condition::None,

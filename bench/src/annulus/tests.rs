@@ -69,7 +69,11 @@ fn serve(
         }
         Incoming::Get(get) => {
             let version = annulus_net::wire::Version::default();
-            let found = map.get(get.key).map(|value| ValueRef { version, expiry_ms: 0, value });
+            let found = map.get(get.key).map(|value| ValueRef {
+                version,
+                expiry_ms: 0,
+                value: value.into(),
+            });
             replies.read(ticket, &ReadFacts::default(), found.as_slice());
         }
         Incoming::Scan(scan) => replies.page(ticket, Page::new(scan, 100, 1000), None),

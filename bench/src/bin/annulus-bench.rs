@@ -1,11 +1,11 @@
-//! `annulus-bench`: a load generator for servers (`run`), and the
-//! engine without one (`embed`).
+//! `annulus-bench`: a load generator for servers (`run`), the engine
+//! without one (`embed`), and what values do to each other's turns (`turns`).
 
 use std::process::ExitCode;
 
-#[cfg(feature = "uring")]
-use annulus_bench::embed;
 use annulus_bench::run;
+#[cfg(feature = "uring")]
+use annulus_bench::{embed, turns};
 use clap::{Parser, Subcommand};
 
 /// Measures Annulus, and its rivals in the same way.
@@ -23,6 +23,9 @@ enum Command {
     /// Measures the engine of one shard in this process, without a network.
     #[cfg(feature = "uring")]
     Embed(embed::EmbedArgs),
+    /// Measures for how long values of each size keep a shard from serving others.
+    #[cfg(feature = "uring")]
+    Turns(turns::TurnsArgs),
 }
 
 fn main() -> ExitCode {
@@ -30,5 +33,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::main(&args),
         #[cfg(feature = "uring")]
         Command::Embed(args) => embed::main(&args),
+        #[cfg(feature = "uring")]
+        Command::Turns(args) => turns::main(&args),
     }
 }

@@ -90,7 +90,7 @@ pub fn check_record(
         return Err(Reason::Token);
     }
     if record.kind == Kind::Siblings {
-        let state = KeyState::decode(record.value).map_err(|_| Reason::State)?;
+        let state = KeyState::of_record(record).map_err(|_| Reason::State)?;
         if !is_ahead_at_most(state.context().timestamp, wall) {
             return Err(Reason::Stamp);
         }

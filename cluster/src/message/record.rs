@@ -4,7 +4,7 @@
 //! cannot fail; its records borrow from the message, so a page of a million costs no allocation.
 
 use annulus_engine::model::limits::{KEY_SIZE_MAX, VALUE_SIZE_CEILING};
-use annulus_engine::model::{Dot, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token};
+use annulus_engine::model::{Dot, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token, Value};
 use annulus_net::wire::codec::{Malformed, Reader, Write, size_u16, size_u32};
 
 /// Bytes of a record before its key.
@@ -47,7 +47,7 @@ pub(super) fn encode(record: &RecordRef<'_>, out: &mut Vec<u8>) {
     out.put_u8(record.kind as u8);
     out.put_u8(0);
     out.put(record.key);
-    out.put(record.value);
+    record.value.copy_to(out);
 }
 
 /// Reads a record and checks what can be checked without knowing the cluster.
@@ -82,7 +82,7 @@ pub(super) fn decode<'a>(reader: &mut Reader<'a>) -> Result<RecordRef<'a>, Malfo
         timestamp,
         expiry_ms,
         key: reader.bytes(key_size)?,
-        value: reader.bytes(value_size)?,
+        value: Value::Whole(reader.bytes(value_size)?),
     })
 }
 

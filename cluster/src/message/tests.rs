@@ -563,7 +563,7 @@ fn siblings_are_checked_one_by_one() {
             is_delete: false,
             is_blind: false,
             expiry_ms: 0,
-            value: b"v",
+            value: b"v".into(),
         };
         state.write(sibling, &Context::default()).unwrap();
         state.encode()

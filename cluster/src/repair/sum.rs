@@ -151,7 +151,7 @@ fn of_value(record: &RecordRef<'_>, sibling: &Sibling<'_>, seed: HashSeed) -> Su
         sibling.dot.sequence,
         sibling.timestamp.0,
         sibling.expiry_ms,
-        hash(sibling.value, 1),
+        hash(&sibling.value.side_by_side(), 1),
     ];
     for (word, field) in words.as_chunks_mut::<8>().0.iter_mut().zip(fields) {
         *word = field.to_le_bytes();

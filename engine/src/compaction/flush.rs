@@ -121,7 +121,7 @@ async fn write<'a, D: Disk, R: Runtime>(
         if output.needs_table(&record) {
             output.next_table().await?;
         }
-        if output.add(&record)? {
+        if output.add(&record, breath).await? {
             output.flush().await?;
             breath.take(None).await?;
         } else if breath.is_due(work_of(&record)) {

@@ -165,9 +165,13 @@ impl<D: Disk> Output<D> {
 
     /// Adds a record; true when [`Output::flush`] is due.
     #[inline]
-    pub(super) fn add(&mut self, record: &RecordRef<'_>) -> Result<bool> {
+    pub(super) async fn add<R: Runtime>(
+        &mut self,
+        record: &RecordRef<'_>,
+        breath: &Breath<R>,
+    ) -> Result<bool> {
         let writer = self.current.as_mut().expect("needs_table was asked");
-        writer.add(record)?;
+        writer.append(record, &async || breath.runtime.yield_now().await).await?;
         Ok(writer.should_flush())
     }
 

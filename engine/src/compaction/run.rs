@@ -345,7 +345,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
                     if output.needs_table(&record) {
                         output.next_table().await?;
                     }
-                    let is_full = output.add(&record)?;
+                    let is_full = output.add(&record, breath).await?;
                     merge.advance();
                     if is_full {
                         let bytes = output.flush().await?;

@@ -14,7 +14,9 @@ use super::Lsn;
 use crate::buffer::AlignedBuf;
 use crate::checksum::{salted, salted_parts};
 use crate::model::limits::KEY_SIZE_MAX;
-use crate::model::{Dot, Kind, NamespaceId, OriginId, PartitionId, RecordRef, Timestamp, Token};
+use crate::model::{
+    Dot, Kind, NamespaceId, OriginId, PartitionId, RecordRef, Timestamp, Token, Value,
+};
 
 /// Version of the format, in every segment header.
 pub const VERSION: u32 = 1;
@@ -259,12 +261,6 @@ impl BatchHeader {
         if fits { Ok(header) } else { Err(Invalid("batch header fields")) }
     }
 
-    /// Bytes of the records of a batch that this process has encoded.
-    pub(super) fn size_of_records(batch: &[u8]) -> usize {
-        let header: BatchHeader = bytemuck::pod_read_unaligned(&batch[..BATCH_HEADER_SIZE]);
-        header.records_size()
-    }
-
     /// Bytes of the records.
     #[must_use]
     pub fn records_size(&self) -> usize {
@@ -382,27 +378,13 @@ pub fn record_size(key_size: usize, value_size: usize) -> usize {
 /// Appends a record to a batch. The caller has checked the sizes of key and value.
 #[inline]
 pub fn encode_record(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, record: &RecordRef<'_>) {
-    let header = RecordHeader {
-        checksum: 0,
-        value_size: u32::try_from(record.value.len()).expect("checked against the limit"),
-        token: record.token.0,
-        timestamp: record.timestamp.0,
-        sequence: record.dot.sequence,
-        expiry_ms: record.expiry_ms,
-        origin: record.dot.origin.0,
-        namespace: record.namespace.0,
-        incarnation: record.incarnation,
-        key_size: u16::try_from(record.key.len()).expect("checked against the limit"),
-        kind: record.kind as u8,
-        reserved: 0,
-    };
-    encode_parts(buf, salt, lsn, &header, record.key, record.value);
+    encode_parts(buf, salt, lsn, &RecordHeader::of(record), record.key, record.value);
 }
 
 /// Appends a control record to a batch.
 pub fn encode_control(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, control: Control<'_>) {
     let mut header = RecordHeader::zeroed();
-    let mut value: &[u8] = &[];
+    let mut value = Value::EMPTY;
     match control {
         Control::Ceiling { timestamp, sequence } => {
             header.kind = KIND_CEILING;
@@ -419,7 +401,7 @@ pub fn encode_control(buf: &mut AlignedBuf, salt: u64, lsn: Lsn, control: Contro
             header.token = u64::from(partition.0);
             header.incarnation = incarnation;
             header.value_size = u32::try_from(seen.len()).expect("checked against the limit");
-            value = seen;
+            value = Value::Whole(seen);
         }
         Control::Close => header.kind = KIND_CLOSE,
     }
@@ -433,12 +415,15 @@ fn encode_parts(
     lsn: Lsn,
     header: &RecordHeader,
     key: &[u8],
-    value: &[u8],
+    value: Value<'_>,
 ) {
     let start = buf.len();
     buf.extend_from_slice(bytemuck::bytes_of(header));
     buf.extend_from_slice(key);
-    buf.extend_from_slice(value);
+    match value {
+        Value::Whole(bytes) => buf.extend_from_slice(bytes),
+        Value::Pieces(_) => value.parts().for_each(|part| buf.extend_from_slice(part)),
+    }
     // One pass over bytes that have just been copied and are in the nearest cache.
     let checksum = salted(salt, lsn.0, &buf[start + 4..]);
     buf[start..start + 4].copy_from_slice(&checksum.to_le_bytes());
@@ -484,7 +469,8 @@ impl<'a> Records<'a> {
         {
             return Err(Invalid("record checksum"));
         }
-        let item = header.item(&bytes[RECORD_HEADER_SIZE..key_end], &bytes[key_end..])?;
+        let value = Value::Whole(&bytes[key_end..]);
+        let item = header.item(&bytes[RECORD_HEADER_SIZE..key_end], value)?;
         self.rest = self.rest.get(end.next_multiple_of(RECORD_ALIGNMENT)..).ok_or(cut_off)?;
         self.next = lsn.0.checked_add(1).ok_or(Invalid("record number overflows"))?;
         Ok((lsn, item))
@@ -492,8 +478,32 @@ impl<'a> Records<'a> {
 }
 
 impl RecordHeader {
+    /// The header of a record, without its checksum. The sizes of key and value are checked.
     #[inline]
-    fn item<'a>(&self, key: &'a [u8], value: &'a [u8]) -> Result<ReplayItem<'a>, Invalid> {
+    pub(super) fn of(record: &RecordRef<'_>) -> RecordHeader {
+        RecordHeader {
+            checksum: 0,
+            value_size: u32::try_from(record.value.len()).expect("checked against the limit"),
+            token: record.token.0,
+            timestamp: record.timestamp.0,
+            sequence: record.dot.sequence,
+            expiry_ms: record.expiry_ms,
+            origin: record.dot.origin.0,
+            namespace: record.namespace.0,
+            incarnation: record.incarnation,
+            key_size: u16::try_from(record.key.len()).expect("checked against the limit"),
+            kind: record.kind as u8,
+            reserved: 0,
+        }
+    }
+
+    /// What the header says of this key and value.
+    #[inline]
+    pub(super) fn item<'a>(
+        &self,
+        key: &'a [u8],
+        value: Value<'a>,
+    ) -> Result<ReplayItem<'a>, Invalid> {
         if let Some(kind) = Kind::from_u8(self.kind) {
             if key.is_empty() || key.len() > KEY_SIZE_MAX || self.reserved != 0 {
                 return Err(Invalid("record header fields"));
@@ -526,7 +536,7 @@ impl RecordHeader {
             KIND_SEEN => Ok(ReplayItem::Control(Control::Seen {
                 partition: partition().map_err(|_| Invalid("partition number"))?,
                 incarnation: self.incarnation,
-                seen: value,
+                seen: value.whole().ok_or(Invalid("control record fields"))?,
             })),
             KIND_CLOSE => Ok(ReplayItem::Control(Control::Close)),
             _ => Err(Invalid("record kind")),

@@ -13,7 +13,8 @@
 //!
 //! A batch is everything that waited while earlier writes were under way: one device write, one
 //! sync. Several batches are in flight at once; they are acknowledged in order only, so a crash
-//! costs a suffix of the log and never a hole.
+//! costs a suffix of the log and never a hole. A long record is a batch of its own, copied and
+//! checked in steps (`large.rs`).
 //!
 //! # Life of a segment
 //! `N.tmp` (being zeroed, or taken from the free ones) -> header written and synced -> renamed
@@ -31,6 +32,7 @@
 //! at least everything acknowledged, or refuses.
 
 pub mod format;
+mod large;
 mod prepare;
 pub mod replay;
 mod segments;

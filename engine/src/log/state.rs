@@ -11,6 +11,7 @@ use std::task::Waker;
 
 use super::Lsn;
 use super::format::{BATCH_HEADER_SIZE, Control, encode_control};
+use super::large::Large;
 use super::segments::{Segment, SegmentMaker};
 use super::writer::{LogStats, Sink};
 use crate::buffer::AlignedBuf;
@@ -44,6 +45,8 @@ pub(super) struct Batch {
     pub(super) count: u32,
     /// Whether it holds the close record, which claims that all before it is durable.
     pub(super) close: bool,
+    /// Its one record, if that is a long one: not in `buf`, but encoded when it is written.
+    pub(super) large: Option<Box<Large>>,
 }
 
 /// A segment of this life that batches were written to, or one of an earlier life.
@@ -97,12 +100,20 @@ impl Batch {
     pub(super) fn new(mut buf: AlignedBuf, first: u64) -> Batch {
         buf.clear();
         buf.extend_from_slice(&[0; BATCH_HEADER_SIZE]);
-        Batch { buf, first, count: 0, close: false }
+        Batch { buf, first, count: 0, close: false, large: None }
     }
 
-    /// Bytes of its records.
+    /// Bytes of its records; of no meaning once the buffer was padded.
     pub(super) fn records_size(&self) -> usize {
-        self.buf.len() - BATCH_HEADER_SIZE
+        match &self.large {
+            Some(large) => large.size(),
+            None => self.buf.len() - BATCH_HEADER_SIZE,
+        }
+    }
+
+    /// Bytes of header and records.
+    pub(super) fn size(&self) -> usize {
+        BATCH_HEADER_SIZE + self.records_size()
     }
 
     /// Number of its last record; of the one before its first when it is empty.
@@ -132,15 +143,7 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         encode: impl FnOnce(&mut AlignedBuf, Lsn),
     ) -> Result<Lsn> {
         let mut state = self.state.borrow_mut();
-        if state.refuse {
-            state.admit(self.pending.get() + size, urgent)?;
-        }
-        // Asked before the record is counted, so that a large one is not kept out by small ones;
-        // the bound is exceeded by at most one record.
-        let pending = self.pending.get();
-        if pending >= self.options.pending_size_max && !urgent {
-            return Err(Error::Busy { what: "too many bytes wait for the commit log" });
-        }
+        let pending = self.admit(&state, size, urgent)?;
         let mut wake = false;
         if state.open.buf.len() + size > self.options.batch_size && state.open.count > 0 {
             self.seal(&mut state);
@@ -161,6 +164,55 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         Ok(lsn)
     }
 
+    /// Gives a long record its number, and a batch of its own behind all before it. Costs nothing
+    /// that grows with its size: it is encoded when the batch is written.
+    #[cold]
+    pub(super) fn append_large(&self, large: Large) -> Result<Lsn> {
+        let mut state = self.state.borrow_mut();
+        let size = large.size();
+        let pending = self.admit(&state, size, false)?;
+        if state.open.count > 0 {
+            self.seal(&mut state);
+        }
+        let lsn = Lsn(self.appended.get() + 1);
+        let (buf, large) = (AlignedBuf::with_capacity(0), Some(Box::new(large)));
+        state.sealed.push_back(Batch { buf, first: lsn.0, count: 1, close: false, large });
+        state.open.first = lsn.0 + 1;
+        self.appended.set(lsn.0);
+        self.pending.set(pending + size);
+        drop(state);
+        self.nudge_writer();
+        Ok(lsn)
+    }
+
+    /// Whether `size` more bytes may be appended, and how many wait already.
+    #[inline]
+    fn admit(&self, state: &State<D::File>, size: usize, urgent: bool) -> Result<usize> {
+        let pending = self.pending.get();
+        if state.refuse {
+            state.admit(pending + size, urgent)?;
+        }
+        // Asked before the record is counted, so that a large one is not kept out by small ones;
+        // the bound is exceeded by at most one record.
+        if pending >= self.options.pending_size_max && !urgent {
+            return Err(Error::Busy { what: "too many bytes wait for the commit log" });
+        }
+        Ok(pending)
+    }
+
+    /// Bytes of a buffer of the pool.
+    pub(super) fn chunk_size(&self) -> usize {
+        self.options.batch_size.next_multiple_of(4096)
+    }
+
+    /// An empty buffer of the pool.
+    pub(super) fn buffer(&self) -> AlignedBuf {
+        let pooled = self.state.borrow_mut().pool.pop();
+        let mut buf = pooled.unwrap_or_else(|| buffer(self.options.batch_size));
+        buf.clear();
+        buf
+    }
+
     /// Closes the open batch and begins the next.
     #[cold]
     fn seal(&self, state: &mut State<D::File>) {
@@ -175,9 +227,9 @@ impl<D: Disk, R: Runtime> Shared<D, R> {
         std::mem::replace(&mut state.open, next)
     }
 
-    /// Takes a batch's buffer back; one that grew for a large record is freed.
+    /// Takes a buffer back; one of another size than the pool's is freed.
     pub(super) fn give_back(&self, state: &mut State<D::File>, buf: AlignedBuf) {
-        let usual = buf.capacity() <= self.options.batch_size.next_multiple_of(4096);
+        let usual = buf.capacity() == self.chunk_size();
         if usual && state.pool.len() < self.options.batches_in_flight + 2 {
             state.pool.push(buf);
         }

@@ -17,6 +17,7 @@ use futures_util::stream::FuturesOrdered;
 
 use super::Lsn;
 use super::format::{BATCH_HEADER_SIZE, BatchHeader, Records, SEGMENT_HEADER_SIZE};
+use super::large;
 use super::segments::{Segment, never, zero};
 use super::state::{Batch, Shared, Used};
 use crate::disk::{Disk, File, WriteMode};
@@ -33,6 +34,7 @@ type Boxed<T> = Pin<Box<dyn Future<Output = T>>>;
 /// A write that has returned.
 struct Done<F> {
     batch: Batch,
+    records_size: usize,
     segment: u64,
     file: F,
     mode: WriteMode,
@@ -160,7 +162,7 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
         let len = if let Some(batch) = state.sealed.front() {
             // The close record claims that all before it is durable.
             let held = batch.close && (!idle || self.shared.durable.get() + 1 < batch.first);
-            (!held).then(|| batch.buf.len())?
+            (!held).then(|| batch.size())?
         } else if state.open.count > 0 {
             let due = match self.open_since {
                 None => {
@@ -265,7 +267,7 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
         let segment = self.current.as_ref().expect("room was made in it");
         let synced = self.shared.durable.get();
         let records_size = batch.records_size();
-        batch.buf.pad_to(segment.alignment);
+        let size = batch.size().next_multiple_of(segment.alignment);
         let header = BatchHeader {
             checksum: 0,
             magic: 0,
@@ -273,12 +275,11 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
             synced,
             count: batch.count,
             records_size: u32::try_from(records_size).expect("bounded by the largest record"),
-            size: u32::try_from(batch.buf.len()).expect("bounded by the largest record"),
+            size: u32::try_from(size).expect("bounded by the largest record"),
             reserved: 0,
         }
         .sealed(segment.salt, self.offset);
-        batch.buf[..BATCH_HEADER_SIZE].copy_from_slice(bytemuck::bytes_of(&header));
-        let size = batch.buf.len() as u64;
+        let size = size as u64;
         // A mark is durable at once: what is written behind it could not be found without it.
         let durable = self.window_nanos.is_none() || batch.close || batch.count == 0;
         let mode = if durable { WriteMode::Durable } else { WriteMode::Cached };
@@ -298,18 +299,31 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
         self.claimed = self.claimed.max(synced);
         self.quiet_since = None;
         let (file, offset, id) = (segment.file.clone(), self.offset, segment.id);
+        let alignment = segment.alignment;
         self.offset += size;
+        if batch.large.is_some() {
+            let shared = Rc::clone(&self.shared);
+            self.flight.push_back(Box::pin(async move {
+                let place = large::Place { file: file.clone(), offset, mode };
+                let record = batch.large.as_ref().expect("asked above");
+                let result = large::write(&shared, place, &header, record).await;
+                Done { batch, records_size, segment: id, file, mode, result }
+            }));
+            return;
+        }
+        batch.buf.pad_to(alignment);
+        batch.buf[..BATCH_HEADER_SIZE].copy_from_slice(bytemuck::bytes_of(&header));
         self.flight.push_back(Box::pin(async move {
-            let Batch { buf, first, count, close } = batch;
+            let Batch { buf, first, count, close, large } = batch;
             let (buf, result) = file.write_at(offset, buf, mode).await;
-            let batch = Batch { buf, first, count, close };
-            Done { batch, segment: id, file, mode, result }
+            let batch = Batch { buf, first, count, close, large };
+            Done { batch, records_size, segment: id, file, mode, result }
         }));
     }
 
     /// A write has returned, and all before it have.
     fn written(&mut self, done: Done<D::File>) {
-        let Done { batch, segment, file, mode, result } = done;
+        let Done { batch, records_size, segment, file, mode, result } = done;
         let freed = {
             let mut state = self.shared.state.borrow_mut();
             if let Some(used) = state.used.iter_mut().find(|used| used.id == segment) {
@@ -324,13 +338,12 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
             return self.shared.poison(&error);
         }
         self.written = batch.last();
-        let header = BatchHeader::size_of_records(&batch.buf);
-        self.shared.pending.set(self.shared.pending.get() - header);
+        self.shared.pending.set(self.shared.pending.get() - records_size);
         if batch.count == 0 {
             // A mark says nothing of the records before it that were written and not synced.
         } else if mode == WriteMode::Durable {
             self.shared.durable.set(self.written);
-            self.acknowledge(&batch, header);
+            self.acknowledge(&batch, records_size);
         } else if self.dirty.iter().all(|(id, _)| *id != segment) {
             self.dirty.push((segment, file));
         }
@@ -341,8 +354,15 @@ impl<D: Disk, R: Runtime> Writer<D, R> {
 
     /// Gives the records of a durable batch to the sink, unless they were given in `append`.
     fn acknowledge(&self, batch: &Batch, records_size: usize) {
-        let records = &batch.buf[BATCH_HEADER_SIZE..BATCH_HEADER_SIZE + records_size];
-        if self.window_nanos.is_none() {
+        if self.window_nanos.is_none()
+            && let Some(large) = &batch.large
+        {
+            let item = large.header.item(&large.key, large.value.value());
+            self.shared.visible.set(batch.first);
+            let mut sink = self.shared.sink.borrow_mut();
+            sink(Lsn(batch.first), &item.expect("the log made it"));
+        } else if self.window_nanos.is_none() {
+            let records = &batch.buf[BATCH_HEADER_SIZE..BATCH_HEADER_SIZE + records_size];
             let mut sink = self.shared.sink.borrow_mut();
             for item in Records::trusted(records, Lsn(batch.first)) {
                 let (lsn, item) = item.expect("the log encoded it");

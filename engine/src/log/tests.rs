@@ -12,7 +12,10 @@ use std::rc::Rc;
 
 use super::{CommitLog, Control, LogIdentity, Lsn, ReplayEnd, ReplayItem, Sink, replay};
 use crate::error::{Error, Result};
-use crate::model::{Dot, Kind, NamespaceId, OriginId, PartitionId, Record, Timestamp, Token};
+use crate::model::{
+    Dot, Kind, NamespaceId, OriginId, PartitionId, Piece, Pieces, Record, RecordRef, Timestamp,
+    Token, Value,
+};
 use crate::options::{Durability, LogOptions};
 use crate::runtime::Runtime;
 use crate::sim::{
@@ -146,6 +149,68 @@ fn what_was_appended_is_given_to_the_sink_and_replayed() {
         let expected: Vec<_> =
             (101..=300).map(|tag| (Lsn(tag), Seen::Record(record(tag, 100)))).collect();
         assert_eq!(seen, expected);
+    });
+}
+
+/// The same record, its value cut into pieces that fit nothing.
+fn in_pieces(record: &Record) -> Pieces {
+    Pieces::new(record.value.chunks(777).map(|piece| Piece::new(piece.to_vec())).collect())
+}
+
+#[test]
+fn long_records_keep_their_place_among_others_and_are_never_copied_for_the_sink() {
+    for options in [small(), periodic()] {
+        let (executor, disk, runtime) = world(31);
+        executor.run(async {
+            let shared = Rc::new(RefCell::new(Vec::new()));
+            let (end, _) = read(&disk, Lsn(1)).await.unwrap();
+            let sink = Rc::clone(&shared);
+            let sink: Sink = Box::new(move |lsn, item| {
+                if let ReplayItem::Record(RecordRef { value: Value::Pieces(pieces), .. }) = item {
+                    sink.borrow_mut().push((lsn, pieces.list()[0].bytes().as_ptr()));
+                }
+            });
+            let log = CommitLog::start(disk.clone(), runtime.clone(), dir(), options, end, sink);
+            let log = log.await.unwrap();
+            let (mut expected, mut given) = (Vec::new(), Vec::new());
+            for tag in 1..=60u64 {
+                // Around the size of a batch, of a chunk, and of many.
+                let size = [10, 2000, 2100, 4000, 4096, 9000][usize::try_from(tag % 6).unwrap()];
+                let record = record(tag, size);
+                let pieces = in_pieces(&record);
+                let cut = RecordRef { value: pieces.value(), ..record.as_ref() };
+                let lsn = log.append(&cut).unwrap();
+                assert_eq!(lsn, Lsn(tag));
+                if size > 2048 {
+                    given.push((lsn, pieces.list()[0].bytes().as_ptr()));
+                }
+                expected.push((lsn, Seen::Record(record)));
+            }
+            log.wait_durable(Lsn(60)).await.unwrap();
+            assert_eq!(log.pending_bytes(), 0);
+            shared.borrow_mut().retain(|(lsn, _)| given.iter().any(|(given, _)| given == lsn));
+            assert_eq!(*shared.borrow(), given);
+            let (end, seen) = read(&disk, Lsn(1)).await.unwrap();
+            assert_eq!((end.last, seen), (Lsn(60), expected));
+        });
+    }
+}
+
+/// A long record costs others no more than a step at a time: small ones behind it are written
+/// meanwhile, though they are acknowledged after it.
+#[test]
+fn what_comes_behind_a_long_record_is_on_its_way_before_it_is_done() {
+    let (executor, disk, runtime) = world(32);
+    executor.run(async {
+        let options = LogOptions { segment_size: 8 << 20, ..LogOptions::default() };
+        let (log, sunk) = open(&disk, &runtime, options).await.unwrap();
+        let long = log.append(&record(1, 4 << 20).as_ref()).unwrap();
+        let small = log.append(&record(2, 100).as_ref()).unwrap();
+        assert!(log.stats().bytes == 0 && log.pending_bytes() > 4 << 20);
+        log.wait_visible(long).await.unwrap();
+        log.wait_visible(small).await.unwrap();
+        let order: Vec<u64> = sunk.borrow().iter().map(|(lsn, _)| lsn.0).collect();
+        assert_eq!(order, [1, 2]);
     });
 }
 

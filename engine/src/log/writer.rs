@@ -16,6 +16,7 @@ use std::rc::Rc;
 use super::format::{
     BATCH_SIZE_CEILING, Control, ReplayItem, encode_control, encode_record, record_size,
 };
+use super::large::Large;
 use super::replay::ReplayEnd;
 use super::segments::{Life, SegmentMaker, make_durable, never, remove_temporaries};
 use super::state::{Shared, State, Used};
@@ -23,8 +24,8 @@ use super::wait::Wait;
 use super::{Lsn, prepare, task};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
-use crate::model::RecordRef;
 use crate::model::limits::KEY_SIZE_MAX;
+use crate::model::{Kind, RecordRef};
 use crate::options::{Durability, LogOptions};
 use crate::runtime::{Class, Runtime};
 
@@ -36,6 +37,9 @@ pub type Sink = Box<dyn FnMut(Lsn, &ReplayItem<'_>)>;
 const RECORD_SIZE_MAX: usize = BATCH_SIZE_CEILING / 2;
 const _: () =
     assert!(crate::model::limits::VALUE_SIZE_CEILING + 2 * KEY_SIZE_MAX < RECORD_SIZE_MAX);
+
+/// A record above one in this many of a batch's bytes is long: it gets a batch of its own.
+const LARGE_PART: usize = 2;
 
 /// What the log has done in this life, and what it holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -153,7 +157,8 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         Ok(CommitLog { _owner: Rc::new(Owner(Rc::clone(&shared))), shared })
     }
 
-    /// Puts a record into the open batch and gives it its number. Costs a copy and a checksum.
+    /// Puts a record into the open batch and gives it its number. Costs a copy and a checksum; of
+    /// a long record with a value in pieces neither, see `large.rs`.
     ///
     /// # Errors
     /// `Busy`, `Full`, `Poisoned` or `Invalid` (size of key or value); the record is not logged.
@@ -163,6 +168,10 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         if record.key.is_empty() || record.key.len() > KEY_SIZE_MAX || size > RECORD_SIZE_MAX {
             return Err(bad_size(record));
         }
+        // States of siblings stay in one slice; they are as bounded.
+        if size > self.shared.options.batch_size / LARGE_PART && record.kind == Kind::Put {
+            return self.append_large(record);
+        }
         let salt = self.shared.record_salt;
         let lsn = self
             .shared
@@ -170,6 +179,20 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         if self.shared.periodic {
             self.shared.visible.set(lsn.0);
             (self.shared.sink.borrow_mut())(lsn, &ReplayItem::Record(*record));
+        }
+        Ok(lsn)
+    }
+
+    /// The same for a record that would take up most of a batch.
+    #[cold]
+    fn append_large(&self, record: &RecordRef<'_>) -> Result<Lsn> {
+        let large = Large::new(record);
+        let value = large.value.clone();
+        let lsn = self.shared.append_large(large)?;
+        if self.shared.periodic {
+            self.shared.visible.set(lsn.0);
+            let record = RecordRef { value: value.value(), ..*record };
+            (self.shared.sink.borrow_mut())(lsn, &ReplayItem::Record(record));
         }
         Ok(lsn)
     }

@@ -85,6 +85,23 @@ impl Arena {
         Place(u32::try_from(number + 1).expect("sealed before the places run out"))
     }
 
+    /// Bytes of the chunks.
+    pub(super) fn held(&self) -> usize {
+        self.allocated
+    }
+
+    /// Drops chunks of about so many bytes; false when there was none. No place is valid after it.
+    pub(super) fn dismantle(&mut self, bytes: usize) -> bool {
+        let mut dropped = 0;
+        while dropped < bytes
+            && let Some(chunk) = self.chunks.pop()
+        {
+            dropped += chunk.capacity();
+        }
+        self.allocated -= dropped;
+        dropped > 0
+    }
+
     fn add_chunk(&mut self, size: usize) -> usize {
         let chunk = Vec::with_capacity(size);
         self.allocated += chunk.capacity();

@@ -9,6 +9,7 @@
 //! | 0    | 12..14 | all     | kind                                                          |
 //! | 0    | 14..16 | all     | layout: `SMALL`, `EXPIRING`, `LARGE`, `WHOLE`                 |
 //! | 0    | 16..63 | not `WHOLE` | stamp, as its distance from the memtable's base           |
+//! | 0    | 16     | `WHOLE` | whether the value lies apart: 4 bytes in its place are its number (`shared.rs`) |
 //! | 0    | 63     | all     | whether the size of the place follows the value, 4 bytes      |
 //! | 1    | 0..16  | not `WHOLE` | length of the value                                       |
 //! | 1    | 16..40 | not `WHOLE` | sequence, low bits                                        |
@@ -25,8 +26,9 @@
 //! is no version and no checksum. Invariant: `decode(encode(r)) == r` for every record.
 
 use super::arena::Arena;
+use super::shared::SharedValues;
 use crate::model::limits::KEY_SIZE_MAX;
-use crate::model::{Dot, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token};
+use crate::model::{Dot, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token, Value};
 
 const SMALL: u64 = 0;
 const EXPIRING: u64 = 1;
@@ -35,6 +37,11 @@ const WHOLE: u64 = 3;
 
 /// Words of a header, by layout.
 const WORDS: [usize; 4] = [2, 3, 4, 6];
+
+/// In word 0 of `WHOLE`: the value lies apart.
+const IS_SHARED: u64 = 1 << 16;
+/// Bytes of the number of a value that lies apart.
+pub(super) const NUMBER_SIZE: usize = 4;
 
 /// In word 0: the size of the place follows the value.
 const HAS_ROOM: u64 = 1 << 63;
@@ -74,8 +81,9 @@ impl Header {
 #[inline]
 pub(super) fn header(record: &RecordRef<'_>, base: Timestamp) -> Header {
     assert!((1..=KEY_SIZE_MAX).contains(&record.key.len()), "the shard refuses such keys");
-    let value_len = u32::try_from(record.value.len()).expect("values are far below 4 GiB");
-    let value_len = u64::from(value_len);
+    let is_shared = record.value.whole().is_none();
+    let value_len = if is_shared { NUMBER_SIZE } else { record.value.len() };
+    let value_len = u64::from(u32::try_from(value_len).expect("values are far below 4 GiB"));
     let Dot { origin, sequence } = record.dot;
     let namespace = u64::from(record.namespace.0);
     let (origin, incarnation) = (u64::from(origin.0), u64::from(record.incarnation));
@@ -85,6 +93,7 @@ pub(super) fn header(record: &RecordRef<'_>, base: Timestamp) -> Header {
     let ids = (namespace | origin | incarnation) >> 8;
     let is_whole = distance >= NEAR
         || value_len >> 16 != 0
+        || is_shared
         || (expiry_bits >> 40) | (sequence_bits >> 24) | (incarnation >> 24) != 0;
     let layout = match (is_whole, ids != 0, (expiry_bits | sequence_bits) != 0) {
         (true, ..) => WHOLE,
@@ -95,7 +104,7 @@ pub(super) fn header(record: &RecordRef<'_>, base: Timestamp) -> Header {
     let shape = (record.key.len() as u64 - 1) | (record.kind as u64) << 12 | layout << 14;
     let words = if is_whole {
         [
-            shape,
+            if is_shared { shape | IS_SHARED } else { shape },
             value_len | namespace << 32,
             record.timestamp.0,
             sequence,
@@ -126,9 +135,15 @@ fn word(bytes: &[u8], index: usize) -> u64 {
     u64::from_le_bytes(*word)
 }
 
-/// The record at the front of `bytes`, which an earlier `header`, key and value were written to.
+/// The record at the front of `bytes`, which an earlier `header`, key and value were written to;
+/// or the key and the number of one of the `values`.
 #[inline]
-pub(super) fn decode(bytes: &[u8], token: Token, base: Timestamp) -> RecordRef<'_> {
+pub(super) fn decode<'a>(
+    bytes: &'a [u8],
+    token: Token,
+    base: Timestamp,
+    values: &'a SharedValues,
+) -> RecordRef<'a> {
     let (shape, fields) = (word(bytes, 0), word(bytes, 1));
     let layout = cut(shape, 14, 2);
     let mut record = RecordRef {
@@ -144,16 +159,37 @@ pub(super) fn decode(bytes: &[u8], token: Token, base: Timestamp) -> RecordRef<'
         timestamp: Timestamp(cut(shape, 16, 47).wrapping_sub(NEAR / 2).wrapping_add(base.0)),
         expiry_ms: 0,
         key: &[],
-        value: &[],
+        value: Value::EMPTY,
     };
     let mut value_len = small(cut(fields, 0, 16)) as usize;
     if layout != SMALL {
         decode_more(&mut record, &mut value_len, bytes, layout);
     }
     let start = WORDS[small(layout & 3) as usize] * 8;
-    let key_len = small(cut(shape, 0, 12)) as usize + 1;
-    (record.key, record.value) = bytes[start..start + key_len + value_len].split_at(key_len);
+    let key_len = key_len(shape);
+    let (key, value) = bytes[start..start + key_len + value_len].split_at(key_len);
+    (record.key, record.value) = (key, Value::Whole(value));
+    if layout == WHOLE && shape & IS_SHARED != 0 {
+        record.value = values.get(number(value)).value();
+    }
     record
+}
+
+fn number(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes(*bytes.first_chunk().expect("the header says that it is a number"))
+}
+
+/// The number of the entry's value, if it lies apart.
+pub(super) fn shared(bytes: &[u8]) -> Option<u32> {
+    let shape = word(bytes, 0);
+    if cut(shape, 14, 2) != WHOLE || shape & IS_SHARED == 0 {
+        return None;
+    }
+    Some(number(&bytes[WORDS[small(WHOLE) as usize] * 8 + key_len(shape)..]))
+}
+
+fn key_len(shape: u64) -> usize {
+    small(cut(shape, 0, 12)) as usize + 1
 }
 
 /// The words of the other layouts.
@@ -179,10 +215,10 @@ fn decode_more(record: &mut RecordRef<'_>, value_len: &mut usize, bytes: &[u8], 
 
 /// Bytes of the place that the entry at the front of `bytes` occupies.
 pub(super) fn room(bytes: &[u8]) -> usize {
-    let shape = word(bytes, 0);
-    let record = decode(bytes, Token::MIN, Timestamp::ZERO);
-    let header = WORDS[small(cut(shape, 14, 2)) as usize] * 8;
-    let end = header + record.key.len() + record.value.len();
+    let (shape, fields) = (word(bytes, 0), word(bytes, 1));
+    let layout = cut(shape, 14, 2);
+    let value_len = small(cut(fields, 0, if layout == WHOLE { 32 } else { 16 })) as usize;
+    let end = WORDS[small(layout & 3) as usize] * 8 + key_len(shape) + value_len;
     if shape & HAS_ROOM == 0 {
         return Arena::rounded(end);
     }
@@ -209,6 +245,7 @@ pub(super) fn overwrite(bytes: &mut [u8], room: usize, header: &Header, key: &[u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Piece, Pieces};
     use proptest::prelude::*;
 
     /// Numbers of every width up to `bits`, those of `usual` bits or fewer as often as all others.
@@ -241,17 +278,27 @@ mod tests {
                 timestamp: Timestamp(base.wrapping_add(distance)),
                 expiry_ms,
                 key: &key,
-                value: &value,
+                value: Value::Whole(&value),
             };
             let header = header(&record, Timestamp(base));
             let bytes = [header.bytes(), &key, &value, &later].concat();
-            prop_assert_eq!(decode(&bytes, record.token, Timestamp(base)), record);
+            let apart = SharedValues::default();
+            prop_assert_eq!(decode(&bytes, record.token, Timestamp(base), &apart), record);
+            prop_assert_eq!(shared(&bytes), None);
             prop_assert_eq!(room(&bytes), Arena::rounded(bytes.len() - later.len()));
             let room_before = bytes.len() + 9;
             let mut place = vec![0xee; room_before];
             overwrite(&mut place, room_before, &header, &key, &value);
-            prop_assert_eq!(decode(&place, record.token, Timestamp(base)), record);
+            prop_assert_eq!(decode(&place, record.token, Timestamp(base), &apart), record);
             prop_assert_eq!(room(&place), room_before);
+            let (mut apart, pieces) = (apart, Pieces::new(vec![Piece::new(value.clone()); 2]));
+            let record = RecordRef { value: Value::Pieces(&pieces), ..record };
+            let number = apart.keep(&pieces);
+            let header = super::header(&record, Timestamp(base));
+            let bytes = [header.bytes(), &key, &number.to_le_bytes(), &later].concat();
+            prop_assert_eq!(decode(&bytes, record.token, Timestamp(base), &apart), record);
+            prop_assert_eq!(shared(&bytes), Some(number));
+            prop_assert_eq!(room(&bytes), Arena::rounded(bytes.len() - later.len()));
         }
     }
 
@@ -267,7 +314,7 @@ mod tests {
             timestamp: Timestamp(stamp.0 + (1 << 45)),
             expiry_ms: 0,
             key: b"0123456789abcdef",
-            value: &[0; 100],
+            value: Value::Whole(&[0; 100]),
         };
         assert_eq!(header(&record, stamp).bytes().len(), 16);
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! token ─► directory.rs ─► slots.rs ─────────► arena.rs
 //!          which leaf      which slot in it    entry.rs: header, key, value
+//!                                              shared.rs: values in pieces
 //! ```
 //!
 //! Invariant: one entry a key, the newest of all that was inserted for it; a walk is in the order
@@ -17,15 +18,17 @@ mod arena;
 mod directory;
 mod entry;
 mod prefetch;
+mod shared;
 mod slots;
 
 use std::cmp::Ordering;
 
 use arena::{Arena, Place};
 use directory::{Directory, Spot};
+use shared::SharedValues;
 
 use crate::model::causality::supersedes;
-use crate::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Token, TokenRange};
+use crate::model::{NamespaceId, PartitionId, RecordRef, Timestamp, Token, TokenRange, Value};
 
 /// What an insert did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub enum Inserted {
 /// Sorted, newest only, bounded by the caller: insert until [`Memtable::is_full`], then seal and flush.
 pub struct Memtable {
     arena: Arena,
+    /// Values that came in pieces. Apart, so that who has none pays for a pointer.
+    values: Box<SharedValues>,
     directory: Directory,
     budget: usize,
     len: usize,
@@ -58,6 +63,7 @@ impl Memtable {
         let bits = (budget_bytes >> 16).clamp(16, 1 << 14).ilog2();
         Memtable {
             arena: Arena::new(budget_bytes),
+            values: Box::default(),
             directory: Directory::new(bits),
             budget: budget_bytes.min(4 << 30),
             len: 0,
@@ -68,8 +74,8 @@ impl Memtable {
     }
 
     /// Takes a record in, if it supersedes what is there. Records come in the order of the log. The
-    /// cost is that of a search, and of copying the record if it is kept; an overwrite takes its
-    /// predecessor's place if it fits there.
+    /// cost is that of a search, and of copying the record if it is kept; a value in pieces is not
+    /// copied but shared. An overwrite takes its predecessor's place if it fits there.
     ///
     /// # Panics
     /// If the key is empty or longer than `KEY_SIZE_MAX`: the shard refuses such requests.
@@ -139,7 +145,7 @@ impl Memtable {
     /// Bytes allocated: index, entries, and what is reserved for both.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        size_of::<Memtable>() + self.arena.bytes() + self.directory.bytes()
+        size_of::<Memtable>() + self.arena.bytes() + self.values.bytes() + self.directory.bytes()
     }
 
     /// Whether the memtable has used up its budget and should be sealed.
@@ -183,12 +189,20 @@ impl Memtable {
         incarnation: u32,
     ) -> usize {
         let TokenRange { first, last } = partition.range(bits);
-        let (arena, base) = (&self.arena, self.base);
+        let (arena, values, base) = (&self.arena, &self.values, self.base);
         let gone = self.directory.retain(first, last, |token, place| {
-            entry::decode(arena.tail(place), token, base).incarnation > incarnation
+            entry::decode(arena.tail(place), token, base, values).incarnation > incarnation
         });
         self.len -= gone;
         gone
+    }
+
+    /// Gives a part of the memory back, a MiB or so, of a memtable that is no longer needed; false
+    /// when no more than that is left. Dropping tens of MiB at once would take milliseconds. Only
+    /// drop it after.
+    pub(crate) fn dismantle(&mut self) -> bool {
+        self.values.bytes() + self.arena.held() > DISMANTLE_SIZE
+            && (self.values.dismantle(DISMANTLE_SIZE) || self.arena.dismantle(DISMANTLE_SIZE))
     }
 
     /// All records, in the order `(token, namespace, key)`.
@@ -222,7 +236,7 @@ impl Memtable {
 
     #[inline]
     fn entry(&self, token: Token, place: Place) -> RecordRef<'_> {
-        entry::decode(self.arena.tail(place), token, self.base)
+        entry::decode(self.arena.tail(place), token, self.base, &self.values)
     }
 
     fn find(
@@ -248,17 +262,34 @@ impl Memtable {
     fn append(&mut self, record: &RecordRef<'_>) -> Place {
         self.note(record);
         let header = entry::header(record, self.base);
-        self.arena.append([header.bytes(), record.key, record.value])
+        match record.value {
+            Value::Whole(value) => self.arena.append([header.bytes(), record.key, value]),
+            Value::Pieces(pieces) => {
+                let number = self.values.keep(pieces).to_le_bytes();
+                self.arena.append([header.bytes(), record.key, &number])
+            }
+        }
     }
 
     fn overwrite(&mut self, spot: Spot, place: Place, record: &RecordRef<'_>) {
         let header = entry::header(record, self.base);
-        let needed = header.bytes().len() + record.key.len() + record.value.len();
+        let value_len = record.value.whole().map_or(entry::NUMBER_SIZE, <[u8]>::len);
+        let needed = header.bytes().len() + record.key.len() + value_len;
         let room = entry::room(self.arena.tail(place));
+        if let Some(number) = entry::shared(self.arena.tail(place)) {
+            self.values.release(number);
+        }
         if needed <= room {
             self.note(record);
-            let bytes = self.arena.tail_mut(place);
-            entry::overwrite(bytes, room, &header, record.key, record.value);
+            let number;
+            let value = match record.value {
+                Value::Whole(value) => value,
+                Value::Pieces(pieces) => {
+                    number = self.values.keep(pieces).to_le_bytes();
+                    &number[..]
+                }
+            };
+            entry::overwrite(self.arena.tail_mut(place), room, &header, record.key, value);
         } else {
             let grown = self.append(record);
             self.directory.replace(spot, grown);
@@ -266,6 +297,9 @@ impl Memtable {
         }
     }
 }
+
+/// Bytes that are given back at once.
+const DISMANTLE_SIZE: usize = 1 << 20;
 
 /// Slots that a walk looks ahead.
 const READ_AHEAD: usize = 10;

@@ -111,7 +111,7 @@ fn ordinary(i: u64, key: &mut [u8; 16]) -> RecordRef<'_> {
         timestamp: Timestamp((1 << 58) + (i << 12)),
         expiry_ms: 0,
         key,
-        value: &[7; 100],
+        value: (&[7; 100]).into(),
     }
 }
 

@@ -105,7 +105,7 @@ mod tests {
         states().prop_filter_map("a plain record", |state| {
             let sibling: Sibling<'_> = *state.siblings().iter().find(|s| s.is_blind)?;
             let kind = if sibling.is_delete { Kind::Delete } else { Kind::Put };
-            let mut plain = record(kind, 0, sibling.value);
+            let mut plain = record(kind, 0, &sibling.value.to_vec());
             (plain.dot, plain.timestamp) = (sibling.dot, sibling.timestamp);
             Some(plain)
         })
@@ -162,7 +162,7 @@ mod tests {
             is_delete: false,
             is_blind: false,
             expiry_ms: 0,
-            value: b"third",
+            value: b"third".into(),
         };
         let context = state.context();
         state.write(write, &Default::default()).unwrap();

@@ -11,6 +11,7 @@ pub mod seen;
 pub mod siblings;
 pub mod timestamp;
 pub mod token;
+pub mod value;
 pub(crate) mod varint;
 
 pub use causality::{Context, Dot, OriginId, VersionVector};
@@ -18,3 +19,4 @@ pub use record::{Kind, NamespaceId, Record, RecordRef};
 pub use seen::{InvalidSeen, SeenOrigin, SeenSet};
 pub use timestamp::{Instant, Timestamp, WallMicros};
 pub use token::{PartitionId, Token, TokenRange};
+pub use value::{Piece, Pieces, Value};

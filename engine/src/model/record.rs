@@ -6,7 +6,7 @@
 
 use std::cmp::Ordering;
 
-use super::{Dot, Timestamp, Token, WallMicros};
+use super::{Dot, Timestamp, Token, Value, WallMicros};
 
 /// A namespace, numbered when created and never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -57,8 +57,9 @@ pub struct RecordRef<'a> {
     pub expiry_ms: u64,
     /// The key, 1 to `KEY_SIZE_MAX` bytes.
     pub key: &'a [u8],
-    /// The value, up to the configured limit; empty for a tombstone.
-    pub value: &'a [u8],
+    /// The value, up to the configured limit; empty for a tombstone. Of a key with siblings it is
+    /// one slice, never pieces.
+    pub value: Value<'a>,
 }
 
 impl RecordRef<'_> {
@@ -152,7 +153,7 @@ impl Record {
             timestamp: self.timestamp,
             expiry_ms: self.expiry_ms,
             key: &self.key,
-            value: &self.value,
+            value: Value::Whole(&self.value),
         }
     }
 }

@@ -15,7 +15,7 @@
 use super::limits::{SIBLING_BYTES_MAX, SIBLINGS_MAX};
 use super::varint::{self, Reader};
 use super::{
-    Context, Dot, Kind, OriginId, Record, RecordRef, Timestamp, VersionVector, WallMicros,
+    Context, Dot, Kind, OriginId, Record, RecordRef, Timestamp, Value, VersionVector, WallMicros,
 };
 
 /// A value that nobody has replaced, or a delete that nobody has written over.
@@ -32,7 +32,7 @@ pub struct Sibling<'a> {
     /// Milliseconds since 2024-01-01 from which it reads as deleted; 0 is never.
     pub expiry_ms: u64,
     /// The value.
-    pub value: &'a [u8],
+    pub value: Value<'a>,
 }
 
 impl Sibling<'_> {
@@ -113,7 +113,8 @@ impl<'a> KeyState<'a> {
     /// [`InvalidState`] if the value of a `Siblings` record is no key state.
     pub fn of_record(record: &RecordRef<'a>) -> Result<KeyState<'a>, InvalidState> {
         if record.kind == Kind::Siblings {
-            return KeyState::decode(record.value);
+            let encoded = record.value.whole().ok_or(InvalidState("it is in pieces"))?;
+            return KeyState::decode(encoded);
         }
         let sibling = Sibling {
             dot: record.dot,
@@ -349,7 +350,7 @@ impl<'a> KeyState<'a> {
             out.extend_from_slice(&sibling.timestamp.0.to_le_bytes());
             varint::put(&mut out, sibling.expiry_ms);
             varint::put(&mut out, sibling.value.len() as u64);
-            out.extend_from_slice(sibling.value);
+            sibling.value.copy_to(&mut out);
         }
         out
     }
@@ -433,7 +434,7 @@ fn take_siblings<'a>(reader: &mut Reader<'a>) -> Result<Vec<Sibling<'a>>, Invali
             is_delete: flags & IS_DELETE != 0,
             is_blind: flags & IS_BLIND != 0,
             expiry_ms,
-            value,
+            value: Value::Whole(value),
         });
     }
     Ok(siblings)

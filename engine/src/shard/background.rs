@@ -160,6 +160,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
         state.log.release(sealed.last);
         self.update_pressure();
+        // Unless a scan still holds it: then that drops it.
+        if let Ok(mut sealed) = Rc::try_unwrap(sealed) {
+            while sealed.memtable.dismantle() {
+                state.runtime.yield_now().await;
+            }
+        }
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use super::Shard;
 use super::unknown::is_voided;
 use crate::disk::{Disk, File};
-use crate::model::{Dot, NamespaceId, Record, RecordRef, Timestamp, Token};
+use crate::model::{Dot, NamespaceId, Pieces, Record, RecordRef, Timestamp, Token, Value};
 use crate::runtime::Runtime;
 use crate::sstable::{Block, BlockHandle, TableId};
 use crate::tables::{Candidates, LiveTable, TableSet};
@@ -42,16 +42,24 @@ struct Wanted<'a> {
 /// The best record found so far, and what keeps its bytes alive.
 #[derive(Debug)]
 enum Best {
-    /// Copied out of a memtable, which may change under a waiting read.
-    Copied(Record),
+    /// Copied out of a memtable, which may change under a waiting read; without its value, which
+    /// is shared if it is in pieces.
+    Copied(Record, Pieces),
     /// In a block of a table.
     InBlock(Rc<Block>),
 }
 
 impl Best {
+    fn copied(record: &RecordRef<'_>) -> Best {
+        let head = RecordRef { value: Value::EMPTY, ..*record }.to_owned();
+        Best::Copied(head, Pieces::of(record.value))
+    }
+
     fn record<'a>(&'a self, wanted: &Wanted<'_>) -> Option<RecordRef<'a>> {
         match self {
-            Best::Copied(record) => Some(record.as_ref()),
+            Best::Copied(record, value) => {
+                Some(RecordRef { value: value.value(), ..record.as_ref() })
+            }
             Best::InBlock(block) => block.get(wanted.token, wanted.namespace, wanted.key),
         }
     }
@@ -151,7 +159,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 token,
                 namespace,
                 key: key.into(),
-                best: best.or_else(|| in_memory.map(|found| Best::Copied(found.to_owned()))),
+                best: best.or_else(|| in_memory.map(|found| Best::copied(&found))),
                 position,
             })),
         }

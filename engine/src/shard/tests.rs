@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::*;
 use crate::identity::Identity;
-use crate::model::{NamespaceId, OriginId, Record, Token, TokenRange, WallMicros};
+use crate::model::{NamespaceId, OriginId, Record, Token, TokenRange, Value, WallMicros};
 use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 
 mod closing;
@@ -132,7 +132,7 @@ fn mutation<'a>(key: &'a str, value: Option<&'a [u8]>, expiry_ms: u64) -> Mutati
         namespace: NS,
         merge: Merge::LastWriteWins,
         key: key.as_bytes(),
-        value,
+        value: value.map(Value::from),
         expiry_ms,
         context: None,
         condition: Condition::None,

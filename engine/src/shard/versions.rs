@@ -253,7 +253,7 @@ impl Unsettled {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Dot, Kind, NamespaceId};
+    use crate::model::{Dot, Kind, NamespaceId, Value};
 
     #[test]
     fn a_ceiling_is_reserved_before_it_is_passed_and_not_again_below_it() {
@@ -309,7 +309,7 @@ mod tests {
             timestamp: Timestamp(stamp),
             expiry_ms: 0,
             key: b"k",
-            value: b"",
+            value: Value::EMPTY,
         }
     }
 

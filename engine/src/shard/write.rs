@@ -14,8 +14,8 @@ use crate::disk::Disk;
 use crate::log::Lsn;
 use crate::model::causality::{InvalidState, KeyState, Sibling};
 use crate::model::{
-    Context, Dot, Kind, NamespaceId, OriginId, Record, RecordRef, Timestamp, Token, VersionVector,
-    WallMicros, limits,
+    Context, Dot, Kind, NamespaceId, OriginId, Record, RecordRef, Timestamp, Token, Value,
+    VersionVector, WallMicros, limits,
 };
 use crate::options::Durability;
 use crate::runtime::Runtime;
@@ -53,7 +53,7 @@ pub struct Mutation<'a> {
     /// 1 to `KEY_SIZE_MAX` bytes.
     pub key: &'a [u8],
     /// The value, or `None` to delete.
-    pub value: Option<&'a [u8]>,
+    pub value: Option<Value<'a>>,
     /// Milliseconds since 2024-01-01 from which the value is gone; 0 is never.
     pub expiry_ms: u64,
     /// What the client had read.
@@ -246,7 +246,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
 
     /// Refuses what cannot be written, before anything is done.
     fn admit_mutation(&self, mutation: &Mutation<'_>) -> Result<()> {
-        let size = mutation.value.map_or(0, <[u8]>::len);
+        let size = mutation.value.map_or(0, |value| value.len());
         let size_max = self.state.options.value_size_max;
         if size > size_max {
             return Err(Error::Invalid {

@@ -12,9 +12,12 @@ use super::codec;
 use super::format::{
     BlockHandle, BlockHeader, Codec, Invalid, RAW_LEN_MAX, SHARED_BLOCK_MAX, verify_section,
 };
+use super::long::Head;
 use crate::buffer::AlignedBuf;
 use crate::checksum;
-use crate::model::{Dot, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token, TokenRange};
+use crate::model::{
+    Dot, Kind, NamespaceId, OriginId, Piece, Pieces, RecordRef, Timestamp, Token, TokenRange, Value,
+};
 
 pub(crate) const HEADER: usize = size_of::<BlockHeader>();
 /// Bytes of the two columns for each record: token and offset.
@@ -41,9 +44,35 @@ pub struct Block {
     raw_len: usize,
     count: usize,
     handle: BlockHandle,
+    /// The value of the one record, if the block is in parts; the payload has none then.
+    value: Option<Pieces>,
 }
 
 impl Block {
+    /// A block in parts, from its head and the pieces of its value.
+    pub(crate) fn in_parts(
+        payload: Box<[u8]>,
+        value: Vec<Piece>,
+        handle: BlockHandle,
+    ) -> Result<Block, Invalid> {
+        let raw_len = payload.len();
+        let value = Some(Pieces::new(value));
+        let storage = Storage::Heap(payload);
+        Block { storage, start: 0, raw_len, count: 1, handle, value }.validated()
+    }
+
+    /// The same from a block that lies in one buffer: each part is copied or unpacked.
+    fn of_parts(bytes: &[u8], handle: BlockHandle, salt: u64) -> Result<Option<Block>, Invalid> {
+        let Some(head) = Head::parse(bytes, handle, salt)? else { return Ok(None) };
+        let bytes = bytes.get(..handle.len as usize).ok_or("the file ends inside a block")?;
+        let piece = |index: usize| {
+            let stored = Piece::new(bytes[head.span(index..index + 1)].to_vec());
+            head.piece(index, &stored, handle.offset, salt)
+        };
+        let value = (0..head.count()).map(piece).collect::<Result<Vec<_>, Invalid>>()?;
+        Block::in_parts(head.payload, value, handle).map(Some)
+    }
+
     /// Checks and unpacks the block that lies at `at` in `buf`, of the table with this salt.
     ///
     /// # Errors
@@ -54,6 +83,9 @@ impl Block {
         handle: BlockHandle,
         salt: u64,
     ) -> Result<Block, Invalid> {
+        if let Some(block) = Block::of_parts(buf.get(at..).unwrap_or_default(), handle, salt)? {
+            return Ok(block);
+        }
         let (header, unpacked) = check(&buf, at, handle, salt)?;
         let start = at + HEADER;
         let raw_len = header.raw_len as usize;
@@ -65,7 +97,8 @@ impl Block {
             }
             None => (Storage::Read(buf), start),
         };
-        Block { storage, start, raw_len, count: header.record_count.into(), handle }.validated()
+        let count = header.record_count.into();
+        Block { storage, start, raw_len, count, handle, value: None }.validated()
     }
 
     /// Like [`Block::parse`], for one of many blocks in a buffer that a scan has read.
@@ -78,13 +111,17 @@ impl Block {
         handle: BlockHandle,
         salt: u64,
     ) -> Result<Block, Invalid> {
+        if let Some(block) = Block::of_parts(buf.get(at..).unwrap_or_default(), handle, salt)? {
+            return Ok(block);
+        }
         let (header, unpacked) = check(buf, at, handle, salt)?;
         let (storage, start) = match unpacked {
             Some(bytes) => (Storage::Heap(bytes), 0),
             None => (Storage::Shared(Rc::clone(buf)), at + HEADER),
         };
         let raw_len = header.raw_len as usize;
-        Block { storage, start, raw_len, count: header.record_count.into(), handle }.validated()
+        let count = header.record_count.into();
+        Block { storage, start, raw_len, count, handle, value: None }.validated()
     }
 
     /// Decodes everything once, so that no later access can fail.
@@ -141,7 +178,11 @@ impl Block {
             Some(next) => usize::from(u16::from_le_bytes(*next)),
             None => records.len(),
         };
-        decode(token, records.get(start..end)?)
+        let mut record = decode(token, records.get(start..end)?)?;
+        if let Some(value) = &self.value {
+            record.value = value.value();
+        }
+        Some(record)
     }
 
     /// Where the block is in its table.
@@ -165,7 +206,8 @@ impl Block {
             Storage::Shared(_) => self.raw_len,
             Storage::Heap(bytes) => bytes.len(),
         };
-        bytes + size_of::<Block>()
+        let value = self.value.as_ref().map_or(0, |value| value.len() + value.overhead());
+        bytes + value + size_of::<Block>()
     }
 
     /// Whether the block is a part of a scan's buffer, which it keeps in memory as a whole.
@@ -337,7 +379,7 @@ impl BlockBuilder {
             raw_len: len_u32(raw_len),
             record_count: u16::try_from(self.tokens.len()).expect("64 KiB hold fewer records"),
             codec: codec as u8,
-            reserved: 0,
+            layout: 0,
         };
         let start = out.len();
         out.extend_from_slice(bytemuck::bytes_of(&header));
@@ -371,7 +413,7 @@ pub(crate) fn encoded_len(record: &RecordRef<'_>) -> usize {
 }
 
 /// Appends the record's bytes; the token goes to its column.
-fn encode(record: &RecordRef<'_>, out: &mut Vec<u8>) {
+pub(crate) fn encode(record: &RecordRef<'_>, out: &mut Vec<u8>) {
     let flag = if record.expiry_ms == 0 { 0 } else { EXPIRY_FLAG };
     out.push(record.kind as u8 | flag);
     out.extend_from_slice(&record.timestamp.0.to_le_bytes());
@@ -384,7 +426,7 @@ fn encode(record: &RecordRef<'_>, out: &mut Vec<u8>) {
     }
     put_varint(out, record.key.len() as u64);
     out.extend_from_slice(record.key);
-    out.extend_from_slice(record.value);
+    record.value.copy_to(out);
 }
 
 /// The record in these bytes, or `None` when they are none.
@@ -412,7 +454,7 @@ fn decode(token: Token, bytes: &[u8]) -> Option<RecordRef<'_>> {
         timestamp: Timestamp(u64::from_le_bytes(*timestamp)),
         expiry_ms,
         key,
-        value,
+        value: Value::Whole(value),
     })
 }
 
@@ -492,7 +534,7 @@ mod tests {
             // Forged with a right checksum, as an attacker with the disk could.
             let header = BlockHeader {
                 checksum: 0, stored_len: stored, raw_len: raw, record_count: count, codec,
-                reserved: 0,
+                layout: 0,
             };
             bytes[..HEADER].copy_from_slice(bytemuck::bytes_of(&header));
             let mut buf = AlignedBuf::with_capacity(1024);

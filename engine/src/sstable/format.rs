@@ -5,7 +5,8 @@
 //! of the header in the file, and cover everything after the checksum field up to the section's
 //! end, padding included, so that scrub finds every flipped bit.
 //!
-//! History: version 1, the first.
+//! History: version 1, the first; version 2 adds blocks in parts. A table without such a block is
+//! written as version 1.
 
 use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};
@@ -28,8 +29,10 @@ pub const BLOCK_UNIT: usize = 16;
 pub const DATA_LEN_MAX: u64 = (1 << 32) * BLOCK_UNIT as u64 - SECTOR as u64;
 /// First bytes of a footer.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"ANULSST1");
-/// Version of the format that this code writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// Greatest version of the format that this code reads and writes.
+pub const FORMAT_VERSION: u32 = 2;
+/// Version of a table without blocks in parts.
+pub const FORMAT_VERSION_PLAIN: u32 = 1;
 /// Most bytes of a block that holds more than one record, before compression: offsets are u16.
 pub const SHARED_BLOCK_MAX: usize = 64 << 10;
 /// Most bytes of any block's payload, before compression. A block of one record holds a value of
@@ -134,12 +137,16 @@ pub type Invalid = &'static str;
 /// | 8      | 4    | raw_len      | bytes of the payload unpacked, at most `RAW_LEN_MAX` |
 /// | 12     | 2    | record_count | at least 1                                           |
 /// | 14     | 1    | codec        | 0 none, 1 LZ4, 2 zstd                                |
-/// | 15     | 1    | reserved     | 0                                                    |
+/// | 15     | 1    | layout       | 0 the payload, 1 in parts: see [`LongHead`]          |
 ///
 /// The payload unpacked: `record_count` tokens (u64), as many offsets (u16, from the end of the
 /// offsets), the records. A record: `kind | has_expiry << 2` (u8), timestamp (u64), then varints
 /// (7 bits a byte, low first): namespace, incarnation, origin, sequence, expiry if it has one,
 /// key length; the key; the value to the record's end.
+///
+/// In parts: `record_count` is 1, `raw_len` the length of the record with its value, `stored_len`
+/// all behind this header, and the checksum is of bytes 4.. to the head's end only. A [`LongHead`]
+/// follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 #[expect(missing_docs, reason = "the table above documents each field")]
@@ -149,7 +156,7 @@ pub struct BlockHeader {
     pub raw_len: u32,
     pub record_count: u16,
     pub codec: u8,
-    pub reserved: u8,
+    pub layout: u8,
 }
 
 const _: () = assert!(size_of::<BlockHeader>() == 16 && offset_of!(BlockHeader, codec) == 14);
@@ -173,6 +180,12 @@ impl BlockHeader {
         (size_of::<BlockHeader>() + self.stored_len as usize).next_multiple_of(BLOCK_UNIT)
     }
 
+    /// Whether the block's one record has its value in parts.
+    #[must_use]
+    pub fn is_in_parts(&self) -> bool {
+        self.layout == 1
+    }
+
     /// Whether the fields are in their ranges.
     ///
     /// # Errors
@@ -188,8 +201,16 @@ impl BlockHeader {
         if self.record_count > 1 && raw > SHARED_BLOCK_MAX {
             return Err("a block of several records declares more than 64 KiB");
         }
-        if self.reserved != 0 {
-            return Err("reserved bytes of a block header are not zero");
+        if self.layout > 1 {
+            return Err("a block has an unknown layout");
+        }
+        if self.is_in_parts() {
+            return match Codec::from_u8(self.codec) {
+                None => Err("a block has an unknown codec"),
+                Some(_) if self.record_count > 1 => Err("a block in parts has several records"),
+                Some(_) if stored > 2 * RAW_LEN_MAX => Err("a block in parts is longer than any"),
+                Some(_) => Ok(()),
+            };
         }
         match Codec::from_u8(self.codec) {
             None => Err("a block has an unknown codec"),
@@ -201,6 +222,55 @@ impl BlockHeader {
         }
     }
 }
+
+/// What follows the header of a block in parts. Then: a [`LongPart`] a part, the record without its
+/// value, zeros up to `head_size`, the parts one after another, zeros to a whole [`BLOCK_UNIT`].
+///
+/// | offset | size | field       | meaning                                                  |
+/// |--------|------|-------------|----------------------------------------------------------|
+/// | 0      | 4    | head_size   | bytes from the block's start to its first part           |
+/// | 4      | 4    | value_size  | bytes                                                    |
+/// | 8      | 8    | token       | of the record                                            |
+/// | 16     | 4    | part_count  | one for each 32 KiB of the value, begun ones included    |
+/// | 20     | 4    | record_size | bytes of the record without its value                    |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[expect(missing_docs, reason = "the table above documents each field")]
+pub struct LongHead {
+    pub head_size: u32,
+    pub value_size: u32,
+    pub token: u64,
+    pub part_count: u32,
+    pub record_size: u32,
+}
+
+const _: () = assert!(size_of::<LongHead>() == 24 && offset_of!(LongHead, record_size) == 20);
+
+impl LongHead {
+    /// What `head_size` must be.
+    #[must_use]
+    pub fn expected_size(&self) -> usize {
+        let fixed = size_of::<BlockHeader>() + size_of::<LongHead>();
+        let parts = self.part_count as usize * size_of::<LongPart>();
+        (fixed + parts + self.record_size as usize).next_multiple_of(BLOCK_UNIT)
+    }
+}
+
+/// One part of a long value.
+///
+/// | offset | size | field       | meaning                                                      |
+/// |--------|------|-------------|--------------------------------------------------------------|
+/// | 0      | 4    | stored_size | bytes; fewer than the part holds: packed by the block's codec |
+/// | 4      | 4    | checksum    | of the part as stored, salted with the table's salt and the part's offset in the file; the last one's covers the zeros behind it too |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[expect(missing_docs, reason = "the table above documents each field")]
+pub struct LongPart {
+    pub stored_size: u32,
+    pub checksum: u32,
+}
+
+const _: () = assert!(size_of::<LongPart>() == 8);
 
 /// Header of the filter section. The filter's 64-byte blocks follow.
 ///
@@ -321,7 +391,7 @@ impl PartitionRun {
 /// | offset | size | field             | meaning                                            |
 /// |--------|------|-------------------|----------------------------------------------------|
 /// | 0      | 8    | magic             | "ANULSST1"                                         |
-/// | 8      | 4    | version           | 1                                                  |
+/// | 8      | 4    | version           | 1, or 2 if there are blocks in parts               |
 /// | 12     | 4    | checksum          | of the sector with this field zero                 |
 /// | 16     | 8    | table_id          | number of the table                                |
 /// | 24     | 8    | file_len          | bytes of the file, this sector included            |
@@ -402,13 +472,13 @@ impl Footer {
                 "the last sector is no table footer: the file is cut, or longer than written",
             ));
         }
-        if footer.version != FORMAT_VERSION
+        if !(FORMAT_VERSION_PLAIN..=FORMAT_VERSION).contains(&footer.version)
             && footer.checksum == footer.expected_checksum(identity.salt)
         {
             return Err(Error::Mismatch {
                 path: identity.path.clone(),
                 what: format!(
-                    "table format {}, this program reads {FORMAT_VERSION}",
+                    "table format {}, this program reads up to {FORMAT_VERSION}",
                     footer.version
                 ),
                 remedy: "use the program version that wrote it, or a newer one",

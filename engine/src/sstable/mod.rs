@@ -9,6 +9,7 @@
 //! | section | in memory while open | file |
 //! |---|---|---|
 //! | blocks: token column, offsets, records; none, LZ4 or zstd | no, `cache.rs` holds some | `block.rs` |
+//! | of them, those of a long value: in parts, each packed and checked alone | no | `long.rs` |
 //! | filter: blocked bloom, one cache line a probe | yes | `filter.rs` |
 //! | index: first token and place of each block | yes, with a radix directory | `index.rs` |
 //! | partitions: which arcs and incarnations, how much of each | yes | `format.rs` |
@@ -24,6 +25,7 @@ mod codec;
 pub mod filter;
 pub mod format;
 pub mod index;
+mod long;
 mod rebuild;
 pub mod scan;
 pub mod table;

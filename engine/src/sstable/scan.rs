@@ -1,7 +1,8 @@
 //! Sequential reading of a table in token order, in large reads, past the cache.
 //!
 //! Invariant: yields every block that may hold a token of the range, in order, each once; the
-//! records at either end may lie outside the range ([`Block::iter_range`] leaves them out).
+//! records at either end may lie outside the range ([`Block::iter_range`] leaves them out). A long
+//! block is read by itself, in parts.
 //! Compaction, export, Merkle leaves and scrub read tables this way.
 
 use std::ops::Range;
@@ -9,6 +10,7 @@ use std::rc::Rc;
 
 use super::block::Block;
 use super::format::BlockHandle;
+use super::long::SHORT_BLOCK_MAX;
 use super::table::{Table, read_span};
 use crate::buffer::AlignedBuf;
 use crate::disk::File;
@@ -67,6 +69,9 @@ impl<F: File> TableScan<F> {
     pub async fn next_block(&mut self) -> Result<Option<Block>> {
         let Some(block) = self.blocks.next() else { return Ok(None) };
         let handle = self.table.index().handle(block);
+        if handle.len > SHORT_BLOCK_MAX {
+            return self.table.read_block(handle).await.map(Some);
+        }
         if self.chunk_of(block).is_none() {
             self.chunk = None;
             self.chunk = Some(self.read(block, handle).await?);
@@ -89,7 +94,7 @@ impl<F: File> TableScan<F> {
         let mut len = handle.len as usize;
         while end < self.blocks.end {
             let next = index.handle(end).len as usize;
-            if len + next > self.read_size {
+            if len + next > self.read_size || next > SHORT_BLOCK_MAX as usize {
                 break;
             }
             len += next;

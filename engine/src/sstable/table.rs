@@ -6,6 +6,9 @@
 
 use std::ops::Range;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+
 use super::block::Block;
 use super::filter::BlockedBloom;
 use super::format::{
@@ -13,14 +16,22 @@ use super::format::{
     decode_partitions,
 };
 use super::index::TokenIndex;
+use super::long::{HEAD_SIZE_MAX, Head, PART_SIZE, SHORT_BLOCK_MAX, YieldOnce};
 use super::rebuild;
 use crate::buffer::AlignedBuf;
 use crate::disk::File;
 use crate::error::Result;
-use crate::model::{NamespaceId, Record, Token, TokenRange};
+use crate::model::{NamespaceId, Piece, Record, Token, TokenRange};
 
 /// Bytes that one read of a section takes.
 const SECTION_READ: usize = 1 << 20;
+/// Bytes of parts that one read takes.
+const PART_READ_SIZE: usize = 256 << 10;
+const _: () = assert!(HEAD_SIZE_MAX <= PART_READ_SIZE && HEAD_SIZE_MAX <= SHORT_BLOCK_MAX as usize);
+/// Such reads at once.
+const PART_READS: usize = 4;
+/// Bytes of a value that are checked and unpacked between two yields.
+const PART_STEP: usize = 64 << 10;
 /// Pages of a file system: what lies between their borders can be given back.
 const PUNCH_UNIT: u64 = 4096;
 
@@ -164,14 +175,79 @@ impl<F: File> Table<F> {
         (start, len)
     }
 
-    /// Reads one block and checks it. One device read.
+    /// Reads one block and checks it. One device read; of a long block in parts one for each 256 KiB,
+    /// with a yield after each 64 KiB of the value that were checked.
     ///
     /// # Errors
     /// `Corrupt` when the block fails its check, else of the file. Nothing is changed.
     pub async fn read_block(&self, handle: BlockHandle) -> Result<Block> {
         let len = handle.len as usize;
-        let (buf, at) = read_span(&self.file, &self.identity, handle.offset, len).await?;
+        let first = if handle.len > SHORT_BLOCK_MAX { len.min(PART_READ_SIZE) } else { len };
+        let (mut buf, mut at) = read_span(&self.file, &self.identity, handle.offset, first).await?;
+        if handle.len > SHORT_BLOCK_MAX {
+            let head = Head::parse(&buf[at..], handle, self.identity.salt);
+            if let Some(head) = self.valid(handle, head)? {
+                return self.read_parts(handle, head, (buf, at), first).await;
+            }
+        }
+        if first < len {
+            (buf, at) = read_span(&self.file, &self.identity, handle.offset, len).await?;
+        }
         self.check(handle, Block::parse(buf, at, handle, self.identity.salt))
+    }
+
+    /// The block whose head and first `len` bytes, at `at` of a buffer, were read.
+    async fn read_parts(
+        &self,
+        handle: BlockHandle,
+        head: Head,
+        (buf, at): (AlignedBuf, usize),
+        len: usize,
+    ) -> Result<Block> {
+        let mut value = Vec::with_capacity(head.count());
+        let known = head.before(len);
+        let mut asked = known.end;
+        self.take_parts(handle, &head, known, (buf, at), 0, &mut value).await?;
+        let mut reads = FuturesOrdered::new();
+        loop {
+            while asked < head.count() && reads.len() < PART_READS {
+                let parts = head.fitting(asked, PART_READ_SIZE);
+                asked = parts.end;
+                let span = head.span(parts.clone());
+                let offset = handle.offset + span.start as u64;
+                reads.push_back(async move {
+                    let read = read_span(&self.file, &self.identity, offset, span.len()).await?;
+                    Result::Ok((parts, read, span.start))
+                });
+            }
+            let Some(read) = reads.next().await else { break };
+            let (parts, read, start) = read?;
+            self.take_parts(handle, &head, parts, read, start, &mut value).await?;
+        }
+        self.valid(handle, Block::in_parts(head.payload, value, handle))
+    }
+
+    /// Checks and unpacks parts; what is at `at` of the buffer lies at `start` of the block.
+    async fn take_parts(
+        &self,
+        handle: BlockHandle,
+        head: &Head,
+        parts: Range<usize>,
+        (buf, at): (AlignedBuf, usize),
+        start: usize,
+        value: &mut Vec<Piece>,
+    ) -> Result<()> {
+        let buf = Piece::read(buf);
+        for index in parts {
+            let span = head.span(index..index + 1);
+            let stored = buf.part(at + span.start - start, span.len());
+            let piece = head.piece(index, &stored, handle.offset, self.identity.salt);
+            value.push(self.valid(handle, piece)?);
+            if (index + 1) * PART_SIZE % PART_STEP == 0 {
+                YieldOnce::default().await;
+            }
+        }
+        Ok(())
     }
 
     /// Checks the bytes that [`Table::read_range`] names, for a caller who reads by himself.
@@ -188,6 +264,10 @@ impl<F: File> Table<F> {
         handle: BlockHandle,
         parsed: std::result::Result<Block, Invalid>,
     ) -> Result<Block> {
+        self.valid(handle, parsed)
+    }
+
+    fn valid<T>(&self, handle: BlockHandle, parsed: std::result::Result<T, Invalid>) -> Result<T> {
         parsed.map_err(|what| corrupt(&self.identity.path, handle.offset, what))
     }
 

@@ -124,7 +124,7 @@ pub(crate) fn write(file: &MemFile, records: &[Record], options: TableOptions) -
     block_on(async {
         let mut writer = TableWriter::new(file.clone(), identity(), options);
         for record in records {
-            writer.add(&record.as_ref()).unwrap();
+            writer.append(&record.as_ref(), &async || ()).await.unwrap();
             if writer.should_flush() {
                 writer.flush().await.unwrap();
             }

@@ -5,25 +5,25 @@
 //! the manifest knows. Used by flush and compaction in the background class: [`TableWriter::add`]
 //! is pure, the caller awaits [`TableWriter::flush`] between records and paces itself there.
 
-use std::future::Future;
 use std::mem;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
 
 use super::block::{self, BlockBuilder};
 use super::codec::Packer;
 use super::filter::BlockedBloom;
 use super::format::{
-    BLOCK_UNIT, BLOCKS_MAX, Codec, DATA_LEN_MAX, FORMAT_VERSION, Footer, MAGIC, PartitionRun,
-    RAW_LEN_MAX, SECTOR, TableIdentity, TableMeta, encode_partitions,
+    BLOCK_UNIT, BLOCKS_MAX, BlockHeader, Codec, DATA_LEN_MAX, FORMAT_VERSION, FORMAT_VERSION_PLAIN,
+    Footer, LongHead, LongPart, MAGIC, PartitionRun, RAW_LEN_MAX, SECTOR, TableIdentity, TableMeta,
+    encode_partitions,
 };
 use super::index::IndexBuilder;
+use super::long::{self, Parts, YieldOnce};
 use crate::buffer::AlignedBuf;
+use crate::checksum;
 use crate::disk::{File, WriteMode};
 use crate::error::{Error, Result};
 use crate::model::limits::{BLOCK_SIZE_DEFAULT, KEY_SIZE_MAX};
-use crate::model::{Kind, NamespaceId, RecordRef, Token};
+use crate::model::{Kind, NamespaceId, RecordRef, Token, Value};
 
 /// Bytes that a write to the file gathers.
 const CHUNK: usize = 1 << 20;
@@ -114,7 +114,7 @@ impl<F: File> TableWriter<F> {
         options.block_size = options.block_size.clamp(SECTOR, BLOCK_SIZE_MAX);
         let mut footer: Footer = bytemuck::Zeroable::zeroed();
         footer.magic = MAGIC;
-        footer.version = FORMAT_VERSION;
+        footer.version = FORMAT_VERSION_PLAIN;
         footer.table_id = identity.id.0;
         footer.timestamp_min = u64::MAX;
         footer.expiry_ms_min = u64::MAX;
@@ -157,6 +157,108 @@ impl<F: File> TableWriter<F> {
         (self.footer.record_count > 0).then_some(self.last.token)
     }
 
+    /// Adds the next record in `(token, namespace, key)` order. A long one gets a block in parts: it
+    /// is packed and checked part by part with a `pause` after each, and written as that goes.
+    ///
+    /// # Errors
+    /// As [`TableWriter::add`], and of the file as [`TableWriter::flush`].
+    #[inline]
+    pub async fn append(&mut self, record: &RecordRef<'_>, pause: &impl AsyncFn()) -> Result<()> {
+        if long::is_long(record) { self.add_long(record, pause).await } else { self.add(record) }
+    }
+
+    async fn add_long(&mut self, record: &RecordRef<'_>, pause: &impl AsyncFn()) -> Result<()> {
+        let len = block::encoded_len(record);
+        self.check(record, len + long::HEAD_SIZE_MAX)?;
+        self.close_block();
+        if self.footer.record_count > 0 && self.last.token == record.token {
+            self.index
+                .separate((self.last.namespace, &self.last.key), (record.namespace, record.key));
+        }
+        let codec = (self.options.codec_of)(record.namespace);
+        let offset = self.written + self.out.len() as u64;
+        let mut encoded = Vec::new();
+        block::encode(&RecordRef { value: Value::EMPTY, ..*record }, &mut encoded);
+        let count = record.value.len().div_ceil(long::PART_SIZE);
+        let mut head = LongHead {
+            head_size: 0,
+            value_size: len_u32(record.value.len()),
+            token: record.token.0,
+            part_count: len_u32(count),
+            record_size: len_u32(encoded.len()),
+        };
+        head.head_size = len_u32(head.expected_size());
+        let (parts, packed) = self.pack_parts(record.value, codec, offset, &head, pause).await;
+        let stored: usize = parts.iter().map(|part| part.stored_size as usize).sum();
+        let mut header = BlockHeader {
+            checksum: 0,
+            stored_len: len_u32(head.expected_size() - size_of::<BlockHeader>() + stored),
+            raw_len: len_u32(len),
+            record_count: 1,
+            codec: if packed.iter().any(Option::is_some) { codec as u8 } else { 0 },
+            layout: 1,
+        };
+        let mut front = bytemuck::bytes_of(&header).to_vec();
+        front.extend_from_slice(bytemuck::bytes_of(&head));
+        front.extend_from_slice(bytemuck::cast_slice(&parts));
+        front.extend_from_slice(&encoded);
+        front.resize(head.expected_size(), 0);
+        header.checksum = checksum::salted(self.identity.salt, offset, &front[4..]);
+        front[..4].copy_from_slice(&header.checksum.to_le_bytes());
+        self.out.extend_from_slice(&front);
+        let mut raw = Parts::new(record.value);
+        for packed in packed {
+            let part = raw.next();
+            self.out.extend_from_slice(packed.as_deref().unwrap_or(part));
+            if self.should_flush() {
+                self.flush().await?;
+            }
+            pause().await;
+        }
+        self.out.pad_to(BLOCK_UNIT);
+        self.footer.version = FORMAT_VERSION;
+        self.index.push(record.token, unit(offset));
+        self.note(record, len);
+        Ok(())
+    }
+
+    /// The parts of a value whose block will lie at `offset`, and those of them that packing made
+    /// smaller by an eighth. A pause after each: nobody waits for more than one.
+    async fn pack_parts(
+        &mut self,
+        value: Value<'_>,
+        codec: Codec,
+        offset: u64,
+        head: &LongHead,
+        pause: &impl AsyncFn(),
+    ) -> (Vec<LongPart>, Vec<Option<Vec<u8>>>) {
+        let count = head.part_count as usize;
+        let (mut parts, mut packed) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let mut raw = Parts::new(value);
+        let mut at = offset + u64::from(head.head_size);
+        for index in 0..count {
+            let part = raw.next();
+            let mut smaller = Vec::new();
+            let helps = codec != Codec::None
+                && self.packer.pack(codec, part, &mut smaller)
+                && smaller.len() <= part.len() - part.len() / 8;
+            smaller.shrink_to_fit();
+            let stored = if helps { &smaller[..] } else { part };
+            let mut sum = checksum::salted(self.identity.salt, at, stored);
+            let end = at + stored.len() as u64;
+            if index + 1 == count {
+                let padding = end.next_multiple_of(BLOCK_UNIT as u64) - end;
+                let padding = usize::try_from(padding).expect("below a unit");
+                sum = checksum::proceed(sum, &[0; BLOCK_UNIT][..padding]);
+            }
+            parts.push(LongPart { stored_size: len_u32(stored.len()), checksum: sum });
+            packed.push(helps.then_some(smaller));
+            at = end;
+            pause().await;
+        }
+        (parts, packed)
+    }
+
     /// Adds the next record in `(token, namespace, key)` order. Buffers; never waits.
     ///
     /// # Errors
@@ -176,12 +278,16 @@ impl<F: File> TableWriter<F> {
         }
         self.block.push(record);
         self.asked[codec as usize] += len;
+        self.note(record, len);
+        Ok(())
+    }
+
+    fn note(&mut self, record: &RecordRef<'_>, len: usize) {
         self.count(record, len);
         self.last.token = record.token;
         self.last.namespace = record.namespace;
         self.last.key.clear();
         self.last.key.extend_from_slice(record.key);
-        Ok(())
     }
 
     fn check(&self, record: &RecordRef<'_>, len: usize) -> Result<()> {
@@ -330,7 +436,7 @@ impl<F: File> TableWriter<F> {
     }
 
     /// Appends a section in chunks, and returns its length.
-    async fn append(&mut self, section: &[u8]) -> Result<u64> {
+    async fn append_section(&mut self, section: &[u8]) -> Result<u64> {
         for part in section.chunks(CHUNK) {
             self.out.extend_from_slice(part);
             if self.should_flush() {
@@ -358,13 +464,13 @@ impl<F: File> TableWriter<F> {
         // the file's as far as sectors go.
         self.out.pad_to(SECTOR);
         let data_len = self.written + self.out.len() as u64;
-        let filter_len = self.append(&filter.encode(salt, data_len)).await?;
+        let filter_len = self.append_section(&filter.encode(salt, data_len)).await?;
         drop(filter);
         let index_at = data_len + filter_len;
         let index = self.index.encode(end_unit, self.last.token, salt, index_at);
-        let index_len = self.append(&index).await?;
+        let index_len = self.append_section(&index).await?;
         let partitions = encode_partitions(&self.partitions, salt, index_at + index_len);
-        let partitions_len = self.append(&partitions).await?;
+        let partitions_len = self.append_section(&partitions).await?;
         // The footer is the last sector of a file that is a whole number of the device's units.
         let end = self.written + self.out.len() as u64;
         let file_len = (end + SECTOR as u64).next_multiple_of(self.file.alignment() as u64);
@@ -401,25 +507,11 @@ impl<F: File> TableWriter<F> {
     }
 }
 
+fn len_u32(len: usize) -> u32 {
+    u32::try_from(len).expect("a block is below 64 MiB")
+}
+
 /// The ordinal of the [`BLOCK_UNIT`] at an offset.
 fn unit(offset: u64) -> u32 {
     u32::try_from(offset / BLOCK_UNIT as u64).expect("a table's length is checked in `add`")
-}
-
-/// Lets other tasks run once.
-#[derive(Default)]
-struct YieldOnce {
-    yielded: bool,
-}
-
-impl Future for YieldOnce {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if mem::replace(&mut self.yielded, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    }
 }

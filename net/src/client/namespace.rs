@@ -234,6 +234,7 @@ impl Namespace {
         }
         let token = self.write_token(key, options)?;
         let options = write_options(options, once);
+        let value = value.into();
         Ok(Operation::Put(Put { token, namespace: self.id, key, value, ttl, options }))
     }
 

@@ -167,7 +167,11 @@ fn handle(
             let found: Vec<ValueRef<'_>> = found
                 .into_iter()
                 .flatten()
-                .map(|value| ValueRef { version: version(value.len() as u64), expiry_ms: 0, value })
+                .map(|value| ValueRef {
+                    version: version(value.len() as u64),
+                    expiry_ms: 0,
+                    value: value.into(),
+                })
                 .collect();
             let facts = ReadFacts { context: b"ctx", answers: 1, ..ReadFacts::default() };
             replies.read(ticket, &facts, &found);
@@ -215,7 +219,11 @@ fn handle(
                         let found: Vec<ValueRef<'_>> = found
                             .into_iter()
                             .flatten()
-                            .map(|value| ValueRef { version: version(1), expiry_ms: 0, value })
+                            .map(|value| ValueRef {
+                                version: version(1),
+                                expiry_ms: 0,
+                                value: value.into(),
+                            })
                             .collect();
                         results.read(index, &ReadFacts::default(), &found);
                     }
@@ -253,7 +261,7 @@ fn handle(
                     timestamp: Default::default(),
                     expiry_ms: 0,
                     key,
-                    value: &value[0],
+                    value: (&value[0]).into(),
                 });
                 last = Some((*token, &key[..]));
             }

@@ -67,8 +67,11 @@ impl Pair {
                     replies.written(arrival.ticket, &facts);
                 }
                 Request::Get(get) if get.key != b"hold" => {
-                    let value =
-                        ValueRef { version: version(1), expiry_ms: 0, value: &[9; 100_000] };
+                    let value = ValueRef {
+                        version: version(1),
+                        expiry_ms: 0,
+                        value: (&[9; 100_000]).into(),
+                    };
                     replies.read(arrival.ticket, &ReadFacts::default(), &[value]);
                 }
                 _ => tickets.push(arrival.ticket),

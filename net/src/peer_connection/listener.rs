@@ -248,7 +248,7 @@ fn greet(frame: &Frame<'_>, facts: &PeerFacts) -> Result<PeerHello, PeerRefusal>
 fn gather(reassembly: &mut Reassembly, frame: &Frame<'_>) -> Result<Option<Vec<u8>>, PeerRefusal> {
     match reassembly.add(frame).map_err(refusal_of)? {
         Gathered::Unfinished { .. } => Ok(None),
-        Gathered::Whole(_, body) => Ok(Some(body)),
+        Gathered::Whole(_, body) => Ok(Some(body.value().to_vec())),
         Gathered::TooBig => Err(PeerRefusal::TooBig),
         Gathered::NoRoom | Gathered::Dropped => Err(PeerRefusal::BadSlice),
     }

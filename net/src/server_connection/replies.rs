@@ -7,13 +7,13 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use annulus_engine::model::{Instant, Token};
+use annulus_engine::model::{Instant, Piece, Pieces, Token, Value};
 
 use super::{Arrival, NANOS_PER_MS, ServerFacts};
 use crate::wire::codec::size_u32;
 use crate::wire::frame::{FRAME_BODY_MAX, FrameHeader, Opcode, REPLY, flag};
 use crate::wire::hello::{Hello, Welcome};
-use crate::wire::request::{DecodeContext, Request};
+use crate::wire::request::{DecodeContext, Refusal, Request};
 use crate::wire::response::{
     self, BatchResults, Failure, Page, ReadFacts, Route, ValueRef, WriteFacts,
 };
@@ -139,6 +139,10 @@ impl Replies<'_> {
         if !self.has_room(size) {
             return self.failure(ticket, &NO_REPLY_ROOM);
         }
+        if size > FRAME_BODY_MAX {
+            let body = response::read_in_pieces(facts, values);
+            return self.long(&ticket, response::read_status(values), body);
+        }
         self.reply(&ticket, response::read_status(values), size, |out| {
             response::encode_read(out, facts, values);
         });
@@ -167,11 +171,14 @@ impl Replies<'_> {
     }
 
     /// Answers with what another shard encoded.
-    pub fn raw(&mut self, ticket: Ticket, status: Status, body: &[u8]) {
+    pub fn raw(&mut self, ticket: Ticket, status: Status, body: Value<'_>) {
         if !self.has_room(body.len()) {
             return self.failure(ticket, &NO_REPLY_ROOM);
         }
-        self.reply(&ticket, status, body.len(), |out| out.extend_from_slice(body));
+        if body.len() > FRAME_BODY_MAX {
+            return self.long(&ticket, status, Pieces::of(body));
+        }
+        self.reply(&ticket, status, body.len(), |out| body.copy_to(out));
     }
 
     /// Answers STATS or ADMIN.
@@ -207,6 +214,19 @@ impl Replies<'_> {
         let (head, prefix) = self.head(&ticket, Status::OK);
         let body = if prefix.is_empty() { body } else { [prefix, body].concat() };
         self.state.writer.owned_message(self.out, head, body);
+        self.state.settle();
+    }
+
+    /// An answer of more than a frame, which waits in pieces until the client takes it.
+    fn long(&mut self, ticket: &Ticket, status: Status, body: Pieces) {
+        self.state.release(ticket);
+        let (head, prefix) = self.head(ticket, status);
+        let body = if prefix.is_empty() {
+            body
+        } else {
+            Pieces::new([&[Piece::new(prefix)], body.list()].concat())
+        };
+        self.state.writer.long_message(head, body);
         self.state.settle();
     }
 
@@ -302,17 +322,43 @@ impl Replies<'_> {
             let ticket = Ticket { request_id: header.request_id, opcode: header.opcode, cost: 0 };
             return self.refuse(&ticket, &TOO_MANY);
         }
-        self.admitted(header, body, timing, context, handler);
+        let request = Request::decode(header.opcode, body, context);
+        self.decoded(header, request, timing, handler);
     }
 
-    /// Decodes and passes on a request that counts as in flight already.
-    #[inline]
-    pub(super) fn admitted<H>(
+    /// The same for one that came in slices, which counts as in flight already. The value of a put
+    /// stays in its pieces; any other body is put together.
+    pub(super) fn admitted_long<H>(
         &mut self,
         header: &FrameHeader,
-        body: &[u8],
+        body: &Pieces,
         timing: &Timing<'_>,
         context: &DecodeContext,
+        handler: &mut H,
+    ) where
+        H: FnMut(&mut Replies<'_>, Arrival, Request<'_>),
+    {
+        match Request::value_of_put(header.opcode, body, context) {
+            Some(at) => {
+                let (head, value) = (&body.list()[0].bytes()[..at], body.skip(at));
+                let request = Request::decode_put(head, &value, context);
+                self.decoded(header, request, timing, handler);
+            }
+            None => {
+                let body = body.value().side_by_side();
+                let request = Request::decode(header.opcode, &body, context);
+                self.decoded(header, request, timing, handler);
+            }
+        }
+    }
+
+    /// Passes on a request that counts as in flight.
+    #[inline]
+    fn decoded<H>(
+        &mut self,
+        header: &FrameHeader,
+        request: Result<Request<'_>, Refusal>,
+        timing: &Timing<'_>,
         handler: &mut H,
     ) where
         H: FnMut(&mut Replies<'_>, Arrival, Request<'_>),
@@ -335,7 +381,7 @@ impl Replies<'_> {
                 Failure::new(Status::BAD_REQUEST, "reserved bits of the routing hint are not zero");
             return self.failure(ticket, &failure);
         };
-        match Request::decode(header.opcode, body, context) {
+        match request {
             Ok(Request::Ping(payload)) => {
                 self.reply(&ticket, Status::OK, payload.len(), |out| {
                     out.extend_from_slice(payload)

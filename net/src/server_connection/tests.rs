@@ -69,7 +69,7 @@ pub(crate) fn put<'a>(key: &'a [u8], value: &'a [u8]) -> Operation<'a> {
         token: Token::MIN,
         namespace: NamespaceId(1),
         key,
-        value,
+        value: value.into(),
         ttl: Ttl::Default,
         options: WriteOptions::default(),
     })
@@ -181,7 +181,11 @@ impl Fixture {
                     tokens.push(get.token);
                     let found = store.get(get.key);
                     let values: Vec<ValueRef<'_>> = found
-                        .map(|(n, value)| ValueRef { version: version(*n), expiry_ms: 0, value })
+                        .map(|(n, value)| ValueRef {
+                            version: version(*n),
+                            expiry_ms: 0,
+                            value: value.into(),
+                        })
                         .into_iter()
                         .collect();
                     replies.read(
@@ -256,7 +260,7 @@ fn read_replies(decoder: &mut FrameDecoder, bytes: &[u8]) -> Vec<Reply> {
         if !frame.header.is_slice() {
             replies.push(reply(&frame.header, frame.body));
         } else if let Gathered::Whole(header, body) = reassembly.add(&frame).unwrap() {
-            replies.push(reply(&header, &body));
+            replies.push(reply(&header, &body.value().side_by_side()));
         }
     }
     replies
@@ -279,7 +283,7 @@ fn hello_put_get_delete_answer_in_order() {
     assert_eq!(Welcome::decode(&replies[0].body).unwrap(), server.facts.welcome);
     assert_eq!(decode_write(&replies[1].body).unwrap().version, version(1));
     let read = ReadReply::decode(&replies[2].body).unwrap();
-    assert_eq!((replies[2].status, read.values[0].value), (Status::OK, &b"value"[..]));
+    assert_eq!((replies[2].status, read.values[0].value), (Status::OK, b"value".into()));
     assert_eq!(replies[4].status, Status::NOT_FOUND);
     assert_eq!(replies[5].body, b"echo");
     assert_eq!(server.connection.in_flight(), 0);

@@ -16,7 +16,7 @@
 //! | 12     | 4    | argument    | put: value's bytes; get: `max_staleness_ms`, 0 any; delete: 0 |
 //! | 16     |      |             | optional fields in the order of their flags, key, value     |
 
-use annulus_engine::model::{NamespaceId, Token, limits};
+use annulus_engine::model::{NamespaceId, Piece, Pieces, Token, Value, limits};
 
 use super::codec::{Malformed, Reader, Write, size_u16, size_u32};
 use super::fields::{Condition, Level, OnceId, OperationFlags, Ttl, Version};
@@ -77,7 +77,7 @@ pub struct Put<'a> {
     /// The key.
     pub key: &'a [u8],
     /// The value.
-    pub value: &'a [u8],
+    pub value: Value<'a>,
     /// How long it lives.
     pub ttl: Ttl,
     /// How it is written.
@@ -117,6 +117,26 @@ impl<'a> Operation<'a> {
         context: &DecodeContext,
     ) -> Result<Operation<'a>, Refusal> {
         Raw::decode(reader, context)?.operation(context)
+    }
+
+    /// Reads a put that came in several pieces: its `head`, up to where `Request::value_of_put` says, and
+    /// its value. Hashes the key.
+    ///
+    /// # Errors
+    /// As [`Operation::decode`].
+    pub fn decode_put(
+        head: &'a [u8],
+        value: &'a Pieces,
+        context: &DecodeContext,
+    ) -> Result<Operation<'a>, Refusal> {
+        let mut reader = Reader::new(head);
+        let (mut raw, value_size) = Raw::decode_head(&mut reader, context)?;
+        reader.finish()?;
+        if value.len() != value_size {
+            return Err(Refusal::bad("body ends inside a field"));
+        }
+        raw.value = value.value();
+        raw.operation(context)
     }
 
     /// Checks one operation without hashing its key.
@@ -213,7 +233,7 @@ impl<'a> Operation<'a> {
                     put.ttl,
                     value_size,
                 );
-                out.put(put.value);
+                put.value.copy_to(out);
             }
             Operation::Delete(delete) => {
                 let options = &delete.options;
@@ -228,6 +248,25 @@ impl<'a> Operation<'a> {
                 );
             }
         }
+    }
+}
+
+impl Operation<'_> {
+    /// What [`Operation::encode`] appends, in pieces: those of a value that is in pieces are shared.
+    #[must_use]
+    pub fn to_pieces(&self) -> Pieces {
+        let mut head = Vec::new();
+        let Operation::Put(put) = self else {
+            self.encode(&mut head);
+            return head.into();
+        };
+        let Value::Pieces(value) = put.value else {
+            self.encode(&mut head);
+            return head.into();
+        };
+        let size = size_u32(value.len());
+        encode_write(&mut head, Opcode::Put, put.namespace, put.key, &put.options, put.ttl, size);
+        Pieces::new([&[Piece::new(head)], value.list()].concat())
     }
 }
 
@@ -277,6 +316,14 @@ fn encode_write(
     out.put(key);
 }
 
+/// Bytes before the value of a put that begins with these bytes. `None` if it is no put, or breaks
+/// a rule, or all before its value is not there.
+pub(crate) fn put_head_size(bytes: &[u8], context: &DecodeContext) -> Option<usize> {
+    let mut reader = Reader::new(bytes);
+    let (raw, _) = Raw::decode_head(&mut reader, context).ok()?;
+    (raw.verb == Opcode::Put).then(|| bytes.len() - reader.remaining())
+}
+
 /// An operation whose key is not hashed yet.
 struct Raw<'a> {
     verb: Opcode,
@@ -291,12 +338,23 @@ struct Raw<'a> {
     context: Option<&'a [u8]>,
     once: Option<OnceId>,
     key: &'a [u8],
-    value: &'a [u8],
+    value: Value<'a>,
 }
 
 impl<'a> Raw<'a> {
     #[inline]
     fn decode(reader: &mut Reader<'a>, limits: &DecodeContext) -> Result<Raw<'a>, Refusal> {
+        let (mut raw, value_size) = Raw::decode_head(reader, limits)?;
+        raw.value = Value::Whole(reader.bytes(value_size)?);
+        Ok(raw)
+    }
+
+    /// Everything but the value, and the value's size.
+    #[inline]
+    fn decode_head(
+        reader: &mut Reader<'a>,
+        limits: &DecodeContext,
+    ) -> Result<(Raw<'a>, usize), Refusal> {
         let head: [u8; OPERATION_HEADER_SIZE] = reader.array()?;
         let namespace = NamespaceId(u32::from_le_bytes([head[0], head[1], head[2], head[3]]));
         let flags = OperationFlags(u16::from_le_bytes([head[8], head[9]]));
@@ -336,7 +394,7 @@ impl<'a> Raw<'a> {
             context: None,
             once: None,
             key: &[],
-            value: &[],
+            value: Value::EMPTY,
         };
         let value_size = match verb {
             Opcode::Put => argument,
@@ -354,8 +412,7 @@ impl<'a> Raw<'a> {
             raw.optional_fields(reader)?;
         }
         raw.key = reader.bytes(key_size)?;
-        raw.value = reader.bytes(value_size as usize)?;
-        Ok(raw)
+        Ok((raw, value_size as usize))
     }
 
     fn optional_fields(&mut self, reader: &mut Reader<'a>) -> Result<(), Refusal> {

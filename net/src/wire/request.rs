@@ -4,13 +4,15 @@
 //! A body that breaks a rule is refused with a status; the connection lives on, because the
 //! frame around it was whole.
 
-use annulus_engine::model::limits;
+use annulus_engine::model::{Pieces, limits};
 
 use super::batch::{self, Batch};
 use super::codec::{Malformed, Reader, Write, size_u16};
 use super::frame::Opcode;
 use super::hello::Hello;
-use super::operation::{CONTEXT_SIZE_MAX, Delete, Get, OPERATION_HEADER_SIZE, Operation, Put};
+use super::operation::{
+    CONTEXT_SIZE_MAX, Delete, Get, OPERATION_HEADER_SIZE, Operation, Put, put_head_size,
+};
 use super::scan::Scan;
 use super::status::Status;
 
@@ -143,6 +145,30 @@ impl<'a> Request<'a> {
             }
             _ => Request::decode_other(opcode, body, context),
         }
+    }
+
+    /// Where the value begins in the body of a put whose value should stay in pieces. `None` for
+    /// every other body: whoever wants to read it needs it in one slice.
+    #[must_use]
+    pub fn value_of_put(opcode: u8, body: &Pieces, context: &DecodeContext) -> Option<usize> {
+        let first = body.list().first()?.bytes();
+        if opcode != Opcode::Put.request() || body.list().len() < 2 || first.get(7) != Some(&opcode)
+        {
+            return None;
+        }
+        put_head_size(first, context)
+    }
+
+    /// Reads a put that was taken apart where [`Request::value_of_put`] says.
+    ///
+    /// # Errors
+    /// As [`Request::decode`].
+    pub fn decode_put(
+        head: &'a [u8],
+        value: &'a Pieces,
+        context: &DecodeContext,
+    ) -> Result<Request<'a>, Refusal> {
+        Operation::decode_put(head, value, context).map(Request::from)
     }
 
     fn decode_other(

@@ -49,7 +49,10 @@
 //! result, in any order: index 4, body size 4, status 2, verb 1, reserved 1, body as above.
 //! SCAN: in [`Page`].
 
-use annulus_engine::model::{Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token};
+use annulus_engine::model::value::PIECE_SIZE;
+use annulus_engine::model::{
+    Kind, NamespaceId, OriginId, Piece, Pieces, RecordRef, Timestamp, Token, Value,
+};
 
 use super::codec::{Malformed, Reader, Write, size_u16, size_u32};
 use super::fields::Version;
@@ -87,7 +90,7 @@ pub struct ValueRef<'a> {
     /// Milliseconds since 2024-01-01 from which it is gone; 0: never.
     pub expiry_ms: u64,
     /// The value; empty when only versions were asked for.
-    pub value: &'a [u8],
+    pub value: Value<'a>,
 }
 
 impl<'a> From<&RecordRef<'a>> for ValueRef<'a> {
@@ -179,6 +182,45 @@ pub fn read_size(facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) -> usize {
 /// Appends the body of an answer to a read.
 #[inline]
 pub fn encode_read(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) {
+    put_read_head(out, facts, values);
+    for value in values {
+        put_value_head(out, value);
+        value.value.copy_to(out);
+    }
+    out.put(facts.context);
+    out.put(facts.trace);
+}
+
+/// The same body in pieces: those of a value that is in pieces are shared, all else is copied.
+#[must_use]
+pub fn read_in_pieces(facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) -> Pieces {
+    let (mut pieces, mut open) = (Vec::new(), Vec::new());
+    put_read_head(&mut open, facts, values);
+    for value in values {
+        put_value_head(&mut open, value);
+        match value.value {
+            Value::Pieces(shared) => {
+                pieces.push(Piece::new(std::mem::take(&mut open)));
+                pieces.extend_from_slice(shared.list());
+            }
+            Value::Whole(bytes) => {
+                for part in bytes.chunks(PIECE_SIZE) {
+                    if open.len() + part.len() > PIECE_SIZE {
+                        pieces.push(Piece::new(std::mem::take(&mut open)));
+                    }
+                    open.extend_from_slice(part);
+                }
+            }
+        }
+    }
+    open.put(facts.context);
+    open.put(facts.trace);
+    pieces.push(Piece::new(open));
+    Pieces::new(pieces)
+}
+
+#[inline]
+fn put_read_head(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[ValueRef<'_>]) {
     // Fixed parts are put together on the stack: one bounds check and one copy each.
     let mut head = [0; READ_HEADER_SIZE];
     head[0..8].copy_from_slice(&facts.as_of.0.to_le_bytes());
@@ -187,16 +229,15 @@ pub fn encode_read(out: &mut Vec<u8>, facts: &ReadFacts<'_>, values: &[ValueRef<
     head[12] = facts.answers;
     head[13] = facts.primaries;
     out.put(&head);
-    for value in values {
-        let mut head = [0; VALUE_HEADER_SIZE];
-        head[0..20].copy_from_slice(&value.version.to_bytes());
-        head[20..24].copy_from_slice(&size_u32(value.value.len()).to_le_bytes());
-        head[24..32].copy_from_slice(&value.expiry_ms.to_le_bytes());
-        out.put(&head);
-        out.put(value.value);
-    }
-    out.put(facts.context);
-    out.put(facts.trace);
+}
+
+#[inline]
+fn put_value_head(out: &mut Vec<u8>, value: &ValueRef<'_>) {
+    let mut head = [0; VALUE_HEADER_SIZE];
+    head[0..20].copy_from_slice(&value.version.to_bytes());
+    head[20..24].copy_from_slice(&size_u32(value.value.len()).to_le_bytes());
+    head[24..32].copy_from_slice(&value.expiry_ms.to_le_bytes());
+    out.put(&head);
 }
 
 /// Bytes that [`encode_write`] appends.
@@ -403,7 +444,7 @@ impl Page {
 
     /// Adds a record. The page may grow beyond its target by this one record.
     pub fn push(&mut self, record: &RecordRef<'_>) {
-        let value = if self.keys_only { &[] } else { record.value };
+        let value = if self.keys_only { Value::EMPTY } else { record.value };
         self.records.put_u64(record.token.0);
         Version { timestamp: record.timestamp, dot: record.dot }.encode(&mut self.records);
         self.records.put_u32(size_u32(value.len()));
@@ -411,7 +452,7 @@ impl Page {
         self.records.put_u16(size_u16(record.key.len()));
         self.records.put(&[record.kind as u8, 0]);
         self.records.put(record.key);
-        self.records.put(value);
+        value.copy_to(&mut self.records);
         self.count += 1;
     }
 
@@ -473,7 +514,7 @@ impl<'a> PageRef<'a> {
                 timestamp: version.timestamp,
                 expiry_ms,
                 key: reader.bytes(key_size)?,
-                value: reader.bytes(value_size)?,
+                value: Value::Whole(reader.bytes(value_size)?),
             });
         }
         reader.finish()?;
@@ -510,7 +551,8 @@ impl<'a> ReadReply<'a> {
             let version = Version::decode(&mut reader)?;
             let size = reader.u32()? as usize;
             let expiry_ms = reader.u64()?;
-            values.push(ValueRef { version, expiry_ms, value: reader.bytes(size)? });
+            let value = Value::Whole(reader.bytes(size)?);
+            values.push(ValueRef { version, expiry_ms, value });
         }
         let context = reader.bytes(context_size)?;
         let trace = reader.rest();

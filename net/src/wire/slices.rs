@@ -2,15 +2,23 @@
 //!
 //! Invariants: a slice is one frame of at most 32 KiB, so a 1 MiB value never stands in the way
 //! of a small message for longer than that; [`Reassembly`] allocates only for bytes that have
-//! arrived, and its messages, their sizes and their sum are bounded.
+//! arrived, and its messages, their sizes and their sum are bounded. On neither way does a long
+//! message lie in one buffer: it is a chain of pieces of a slice each, and on the way out the
+//! pieces of its value are shared with whoever else has them.
 
 use std::collections::VecDeque;
+
+use annulus_engine::model::value::PIECE_SIZE;
+use annulus_engine::model::{Piece, Pieces};
 
 use super::codec::{Reader, size_u32};
 use super::frame::{
     FRAME_BODY_MAX, FrameError, FrameHeader, HEADER_SIZE, SLICE_HEADER_SIZE, SLICE_SIZE, flag,
 };
 use crate::wire::decoder::Frame;
+
+// A full slice is a piece as it is.
+const _: () = assert!(PIECE_SIZE == SLICE_SIZE);
 
 /// The fields of a header that the message's sender chooses.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,9 +35,26 @@ pub struct Head {
 #[derive(Debug)]
 struct Outgoing {
     head: Head,
-    body: Vec<u8>,
+    body: Pieces,
     /// Bytes of `body` already sent.
     offset: usize,
+    /// The piece that comes next, and how much of it was sent.
+    next: (usize, usize),
+}
+
+impl Outgoing {
+    /// Appends the next `size` bytes, which are there.
+    fn take(&mut self, mut size: usize, out: &mut Vec<u8>) {
+        self.offset += size;
+        while size > 0 {
+            let (index, at) = self.next;
+            let rest = &self.body.list()[index].bytes()[at..];
+            let taken = rest.len().min(size);
+            out.extend_from_slice(&rest[..taken]);
+            size -= taken;
+            self.next = if taken == rest.len() { (index + 1, 0) } else { (index, at + taken) };
+        }
+    }
 }
 
 /// Turns messages into frames of one direction of a connection.
@@ -65,7 +90,7 @@ impl FrameWriter {
         } else {
             let mut body = Vec::with_capacity(size);
             fill(&mut body);
-            self.long_message(head, body);
+            self.long_message(head, body.into());
         }
     }
 
@@ -74,7 +99,7 @@ impl FrameWriter {
         if body.len() <= FRAME_BODY_MAX {
             self.message(out, head, body.len(), |out| out.extend_from_slice(&body));
         } else {
-            self.long_message(head, body);
+            self.long_message(head, body.into());
         }
     }
 
@@ -83,18 +108,17 @@ impl FrameWriter {
     pub fn flush_slices(&mut self, out: &mut Vec<u8>, until: usize) {
         while out.len() < until {
             let Some(mut message) = self.queue.pop_front() else { return };
-            let end = message.body.len().min(message.offset + SLICE_SIZE);
+            let size = SLICE_SIZE.min(message.body.len() - message.offset);
             let start = out.len();
             out.reserve(HEADER_SIZE + SLICE_HEADER_SIZE + SLICE_SIZE);
             out.extend_from_slice(&[0; HEADER_SIZE]);
             out.extend_from_slice(&size_u32(message.body.len()).to_le_bytes());
             out.extend_from_slice(&size_u32(message.offset).to_le_bytes());
-            out.extend_from_slice(&message.body[message.offset..end]);
+            message.take(size, out);
             let head = Head { flags: message.head.flags | flag::SLICE, ..message.head };
             self.seal(out, start, head);
-            self.queued_bytes -= end - message.offset;
-            message.offset = end;
-            if end < message.body.len() {
+            self.queued_bytes -= size;
+            if message.offset < message.body.len() {
                 self.queue.push_back(message);
             }
         }
@@ -111,9 +135,11 @@ impl FrameWriter {
         self.position = position;
     }
 
-    fn long_message(&mut self, head: Head, body: Vec<u8>) {
+    /// Queues a message of more than 32 KiB for [`FrameWriter::flush_slices`]. Copies nothing.
+    pub fn long_message(&mut self, head: Head, body: Pieces) {
+        debug_assert!(body.len() > FRAME_BODY_MAX, "others are one frame");
         self.queued_bytes += body.len();
-        self.queue.push_back(Outgoing { head, body, offset: 0 });
+        self.queue.push_back(Outgoing { head, body, offset: 0, next: (0, 0) });
     }
 
     /// Writes the header of the frame whose body is `out[start + HEADER_SIZE..]`.
@@ -155,7 +181,7 @@ pub enum Gathered {
         first: bool,
     },
     /// The message is whole: the header of its first slice, and its body.
-    Whole(FrameHeader, Vec<u8>),
+    Whole(FrameHeader, Pieces),
     /// The first slice of a message that is larger than the limit. Its other slices are dropped.
     TooBig,
     /// The first slice, but no room: too many messages or bytes. Its other slices are dropped.
@@ -169,7 +195,39 @@ pub enum Gathered {
 struct Incoming {
     header: FrameHeader,
     total: usize,
-    body: Vec<u8>,
+    pieces: Vec<Piece>,
+    /// What came last, not yet a piece: slices that are shorter than they could be are gathered.
+    open: Vec<u8>,
+    /// Bytes that have arrived.
+    size: usize,
+}
+
+impl Incoming {
+    fn new(header: FrameHeader, total: usize, slice: &[u8]) -> Incoming {
+        let (pieces, open, size) = (Vec::new(), slice.to_vec(), slice.len());
+        Incoming { header, total, pieces, open, size }
+    }
+
+    fn add(&mut self, slice: &[u8]) {
+        self.size += slice.len();
+        if self.open.len() + slice.len() > PIECE_SIZE {
+            self.close();
+            self.open = slice.to_vec();
+        } else {
+            self.open.extend_from_slice(slice);
+        }
+    }
+
+    fn close(&mut self) {
+        // Short slices made it grow by doubling; what it grew too much is given back.
+        self.open.shrink_to_fit();
+        self.pieces.push(Piece::new(std::mem::take(&mut self.open)));
+    }
+
+    fn whole(mut self) -> (FrameHeader, Pieces) {
+        self.close();
+        (self.header, Pieces::new(self.pieces))
+    }
 }
 
 /// Puts slices together again.
@@ -217,7 +275,7 @@ impl Reassembly {
     pub fn forget(&mut self, request_id: u32) {
         if let Some(index) = self.messages.iter().position(|m| m.header.request_id == request_id) {
             let message = self.messages.swap_remove(index);
-            self.bytes -= message.body.len();
+            self.bytes -= message.size;
             self.announced -= message.total;
         }
     }
@@ -247,23 +305,23 @@ impl Reassembly {
             }
             (None, 0) => {
                 if end == total {
-                    return Ok(Gathered::Whole(header, piece.to_vec()));
+                    return Ok(Gathered::Whole(header, piece.to_vec().into()));
                 }
                 self.bytes += piece.len();
                 self.announced += total;
-                self.messages.push(Incoming { header, total, body: piece.to_vec() });
+                self.messages.push(Incoming::new(header, total, piece));
                 Ok(Gathered::Unfinished { first: true })
             }
             (None, _) => Ok(Gathered::Dropped),
             (Some(index), _) => {
                 let message = &mut self.messages[index];
                 if message.total != total
-                    || message.body.len() != offset
+                    || message.size != offset
                     || message.header.opcode != header.opcode
                 {
                     return Err(FrameError::BadSlice);
                 }
-                message.body.extend_from_slice(piece);
+                message.add(piece);
                 self.bytes += piece.len();
                 if end < total {
                     return Ok(Gathered::Unfinished { first: false });
@@ -271,7 +329,8 @@ impl Reassembly {
                 let message = self.messages.swap_remove(index);
                 self.bytes -= total;
                 self.announced -= total;
-                Ok(Gathered::Whole(message.header, message.body))
+                let (header, body) = message.whole();
+                Ok(Gathered::Whole(header, body))
             }
         }
     }
@@ -297,7 +356,7 @@ mod tests {
             if !frame.header.is_slice() {
                 found.push((frame.header.request_id, frame.body.to_vec()));
             } else if let Gathered::Whole(header, body) = reassembly.add(&frame).unwrap() {
-                found.push((header.request_id, body));
+                found.push((header.request_id, body.value().to_vec()));
             }
         }
         found

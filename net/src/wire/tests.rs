@@ -1,7 +1,9 @@
 //! Laws of all bodies: they read back, their bounds hold at 0, 1, max and max + 1, every
 //! truncation is refused, and random bytes never panic.
 
-use annulus_engine::model::{Dot, Kind, NamespaceId, OriginId, RecordRef, Timestamp, Token};
+use annulus_engine::model::{
+    Dot, Kind, NamespaceId, OriginId, Piece, Pieces, RecordRef, Timestamp, Token,
+};
 use annulus_engine::model::{TokenRange, limits};
 use proptest::prelude::*;
 
@@ -110,6 +112,7 @@ fn put_of<'a>(
     options: WriteOptions<'a>,
 ) -> Operation<'a> {
     let token = Token::of_key(key, CONTEXT.hash_seed);
+    let value = value.into();
     Operation::Put(Put { token, namespace: NamespaceId(7), key, value, ttl, options })
 }
 
@@ -236,11 +239,19 @@ proptest! {
                               as_of: u64, answers: u8, primaries: u8, context in bytes(60), trace in bytes(20)) {
         let facts = ReadFacts { as_of: Timestamp(as_of), answers, primaries, context: &context, trace: &trace };
         let values: Vec<ValueRef<'_>> = values.iter()
-            .map(|(version, expiry_ms, value)| ValueRef { version: *version, expiry_ms: *expiry_ms, value })
+            .map(|(version, expiry_ms, value)| ValueRef { version: *version, expiry_ms: *expiry_ms, value: value.into() })
             .collect();
         let mut body = Vec::new();
         response::encode_read(&mut body, &facts, &values);
         prop_assert_eq!(body.len(), response::read_size(&facts, &values));
+        prop_assert_eq!(response::read_in_pieces(&facts, &values).value().to_vec(), &body[..]);
+        let cut: Vec<Pieces> = values.iter()
+            .map(|it| Pieces::new(it.value.to_vec().chunks(7).map(|part| Piece::new(part.to_vec())).collect()))
+            .collect();
+        let in_pieces: Vec<ValueRef<'_>> = values.iter().zip(&cut)
+            .map(|(it, cut)| ValueRef { value: cut.value(), ..*it })
+            .collect();
+        prop_assert_eq!(response::read_in_pieces(&facts, &in_pieces).value().to_vec(), &body[..]);
         prop_assert_eq!(ReadReply::decode(&body).unwrap(), ReadReply { facts, values });
     }
 
@@ -271,7 +282,7 @@ proptest! {
         let scan = Scan { namespace: NamespaceId(3), count_max: 0, bytes_max: 0, flags: 0, range: TokenRange::FULL, after: b"" };
         let records: Vec<RecordRef<'_>> = records.iter().map(|(token, version, expiry_ms, key, value, kind)| RecordRef {
             token: Token(*token), namespace: NamespaceId(3), incarnation: 0, kind: Kind::from_u8(*kind).unwrap(),
-            dot: version.dot, timestamp: version.timestamp, expiry_ms: *expiry_ms, key, value,
+            dot: version.dot, timestamp: version.timestamp, expiry_ms: *expiry_ms, key, value: value.into(),
         }).collect();
         let mut page = Page::new(&scan, 100, 1 << 20);
         records.iter().for_each(|record| page.push(record));
@@ -453,7 +464,7 @@ fn a_page_keeps_its_bounds_and_leaves_values_out_when_told() {
         timestamp: Timestamp(0),
         expiry_ms: 0,
         key: b"k",
-        value: &[0; 1000],
+        value: (&[0; 1000]).into(),
     };
     let all = Scan {
         namespace: NamespaceId(1),
@@ -499,7 +510,7 @@ fn batch_results_read_back_in_any_order() {
     let mut results = BatchResults::new(3);
     let failure = Failure::new(Status::BUSY, "later");
     results.failure(2, Opcode::Delete, &failure);
-    let value = ValueRef { version: Version::default(), expiry_ms: 0, value: b"v" };
+    let value = ValueRef { version: Version::default(), expiry_ms: 0, value: b"v".into() };
     results.read(0, &ReadFacts::default(), &[value]);
     assert!(!results.is_complete());
     results.write(1, Opcode::Put, Status::CONDITION_FALSE, &WriteFacts::default());

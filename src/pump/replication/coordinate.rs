@@ -20,8 +20,8 @@ use annulus_engine::Error;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::causality::KeyState;
 use annulus_engine::model::{
-    Instant, Kind, NamespaceId, PartitionId, Record, RecordRef, Timestamp, Token, VersionVector,
-    WallMicros,
+    Instant, Kind, NamespaceId, PartitionId, Pieces, Record, RecordRef, Timestamp, Token,
+    VersionVector, WallMicros,
 };
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Applied, Found, Mutation, Outcome, Probe, Shard};
@@ -370,13 +370,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             deadline,
             token: mutation.token,
             namespace: mutation.namespace,
-            bytes: mutation.key.len() + mutation.value.map_or(0, <[u8]>::len),
+            bytes: mutation.key.len() + mutation.value.map_or(0, |value| value.len()),
             is_put: mutation.value.is_some(),
             began: self.now,
             traced: flags.has(OperationFlags::TRACE),
         };
         let shard = self.shard.clone();
-        let (key, value) = (mutation.key.to_vec(), mutation.value.map(<[u8]>::to_vec));
+        let (key, value) = (mutation.key.to_vec(), mutation.value.map(Pieces::of));
         let context = mutation.context.cloned();
         let (merge, condition) = (mutation.merge, mutation.condition);
         let expiry_ms = mutation.expiry_ms;
@@ -386,7 +386,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 namespace: own.namespace,
                 merge,
                 key: &key,
-                value: value.as_deref(),
+                value: value.as_ref().map(Pieces::value),
                 expiry_ms,
                 context: context.as_ref(),
                 condition,

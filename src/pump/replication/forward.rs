@@ -8,7 +8,7 @@ use annulus_cluster::NodeId;
 use annulus_cluster::message::{FORWARD_HOPS_MAX, PeerMessage};
 use annulus_cluster::tracking::PeerShard;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, PartitionId};
+use annulus_engine::model::{Instant, PartitionId, Value};
 use annulus_engine::runtime::Runtime;
 use annulus_net::wire::frame::Opcode;
 use annulus_net::wire::response::Failure;
@@ -102,7 +102,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     ) {
         let Some(replication) = &mut self.replication else { return };
         if let Some(forwarded) = replication.forwarded.remove(&id) {
-            self.answer(forwarded.origin, &Answer::Raw(Status(status), body), wires);
+            self.answer(forwarded.origin, &Answer::Raw(Status(status), Value::Whole(body)), wires);
         }
     }
 

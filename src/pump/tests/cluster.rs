@@ -125,7 +125,10 @@ struct Answers(BTreeMap<u64, (Status, Vec<u8>)>);
 impl Peers for Answers {
     fn send(&mut self, _shard: u32, message: Message) -> Result<(), Message> {
         let Message::Answer { id, status, body } = message else { return Err(message) };
-        assert!(self.0.insert(id, (status, body)).is_none(), "request {id} was answered twice");
+        assert!(
+            self.0.insert(id, (status, body.value().to_vec())).is_none(),
+            "request {id} was answered twice"
+        );
         Ok(())
     }
 }
@@ -299,6 +302,7 @@ impl Cluster {
         let id = self.next_id;
         let now = self.executor.runtime().now();
         let deadline = now.after_nanos(5_000 * MS);
+        let body = body.into();
         let message = Message::Request { from: 1, id, deadline, opcode, body };
         let pump = &mut self.nodes[at as usize - 1].pump;
         pump.tick(now);
@@ -325,7 +329,7 @@ impl Cluster {
                 token: Token::of_key(key.as_bytes(), 3),
                 namespace: NamespaceId(namespace),
                 key: key.as_bytes(),
-                value: b"value",
+                value: b"value".into(),
                 ttl: Ttl::Never,
                 options: WriteOptions { flags, ..WriteOptions::default() },
             }),

@@ -103,7 +103,7 @@ mod tests {
             timestamp: Timestamp(stamp),
             expiry_ms,
             key: b"key",
-            value,
+            value: value.into(),
         }
     }
 
@@ -148,7 +148,7 @@ mod tests {
                     is_delete: false,
                     is_blind: false,
                     expiry_ms: 0,
-                    value: b"value",
+                    value: b"value".into(),
                 };
                 state.write(sibling, &Context::default()).unwrap();
             }

@@ -68,7 +68,14 @@ impl OwnedRequest {
             }),
             Verb::Put | Verb::PutIfAbsent | Verb::PutIfVersion => {
                 let ttl = if self.ttl_ms > 0 { Ttl::Millis(self.ttl_ms) } else { Ttl::Never };
-                Operation::Put(Put { token, namespace, key, value: &self.value, ttl, options })
+                Operation::Put(Put {
+                    token,
+                    namespace,
+                    key,
+                    value: (&self.value).into(),
+                    ttl,
+                    options,
+                })
             }
             Verb::Delete => Operation::Delete(Delete { token, namespace, key, options }),
         }
@@ -252,7 +259,7 @@ impl Book {
         };
         let mut values = Vec::new();
         for shown in &reply.values {
-            match value_of(shown.value) {
+            match value_of(&shown.value.side_by_side()) {
                 Ok(value) => {
                     values.push(Seen { version: shown.version, value, expiry_ms: shown.expiry_ms })
                 }

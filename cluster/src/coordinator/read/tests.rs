@@ -441,7 +441,7 @@ fn state(writes: &[(u32, u64)], context: &[(u32, u64)]) -> Record {
             is_delete: false,
             is_blind: false,
             expiry_ms: 0,
-            value: b"value",
+            value: b"value".into(),
         };
         state.write(write, &Context { vector: vector.clone(), timestamp: Timestamp(1) }).unwrap();
     }

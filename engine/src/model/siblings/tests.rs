@@ -14,7 +14,7 @@ fn dot(origin: u32, sequence: u64) -> Dot {
 fn put(dot: Dot, value: &[u8]) -> Sibling<'_> {
     // Stamps that agree with neither origin nor sequence.
     let timestamp = Timestamp(10 + dot.sequence * 7 % 5 + u64::from(dot.origin.0) % 2);
-    Sibling { dot, timestamp, is_delete: false, is_blind: false, expiry_ms: 0, value }
+    Sibling { dot, timestamp, is_delete: false, is_blind: false, expiry_ms: 0, value: value.into() }
 }
 
 fn delete(dot: Dot) -> Sibling<'static> {
@@ -246,7 +246,8 @@ fn a_delete_replaces_what_was_read_and_nothing_else() {
     let context = state.context();
     state.write(put(dot(1, 1), b"unread"), &Context::default()).unwrap();
     state.write(delete(dot(0, 2)), &context).unwrap();
-    let live: Vec<&[u8]> = state.live(WallMicros(0)).map(|sibling| sibling.value).collect();
+    let live: Vec<Vec<u8>> =
+        state.live(WallMicros(0)).map(|sibling| sibling.value.to_vec()).collect();
     assert_eq!(live, [b"unread"]);
 }
 

@@ -263,7 +263,7 @@ impl World {
                     is_delete,
                     is_blind: false,
                     expiry_ms,
-                    value: &value,
+                    value: (&value).into(),
                 };
                 let mut state = view.filled(key, &self.rules);
                 if state.write(write, &known.context).is_err() {

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use annulus_engine::model::{Instant, PartitionId};
+use annulus_engine::model::{Instant, PartitionId, Value};
 
 /// What a record takes beside key and value, in bytes.
 const RECORD_OVERHEAD_BYTES: u64 = 48;
@@ -26,7 +26,7 @@ const MARGIN_BYTES_MAX: u64 = 64 << 20;
 
 /// Bytes that a record with such a key and value is counted as.
 #[must_use]
-pub fn size_of(key: &[u8], value: &[u8]) -> u64 {
+pub fn size_of(key: &[u8], value: Value<'_>) -> u64 {
     RECORD_OVERHEAD_BYTES + (key.len() + value.len()) as u64
 }
 

@@ -198,6 +198,7 @@ impl ClusterStory {
         cluster.quiet();
         cluster.heal();
         self.start_all(cluster)?;
+        cluster.drive_until(cluster.settles_at(), |_| false);
         // Mostly they are equal much earlier.
         let begin = cluster.now();
         let mut differences = Vec::new();

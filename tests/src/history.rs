@@ -5,7 +5,7 @@
 //! written at most once, so a value names its write. The client's view only: nothing in here is
 //! taken from a node's inside, except the marks of a mishap and of convergence.
 
-use annulus_engine::model::Timestamp;
+use annulus_engine::model::{OriginId, Timestamp};
 use annulus_net::wire::fields::Version;
 
 /// Which event of a history.
@@ -239,6 +239,12 @@ impl Event {
     pub fn may_have_written(&self) -> bool {
         self.call != Call::Get && matches!(self.answer, Answer::Written(_) | Answer::Perhaps)
     }
+}
+
+/// The origin in the dots of a node's writes.
+#[must_use]
+pub fn origin_of(node: u32) -> OriginId {
+    OriginId(node + 1)
 }
 
 /// What befell the nodes, as far as promises depend on it.

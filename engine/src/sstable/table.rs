@@ -243,7 +243,7 @@ impl<F: File> Table<F> {
             let stored = buf.part(at + span.start - start, span.len());
             let piece = head.piece(index, &stored, handle.offset, self.identity.salt);
             value.push(self.valid(handle, piece)?);
-            if (index + 1) * PART_SIZE % PART_STEP == 0 {
+            if ((index + 1) * PART_SIZE).is_multiple_of(PART_STEP) {
                 YieldOnce::default().await;
             }
         }

@@ -10,7 +10,7 @@ use super::duty::survives;
 use super::ledger::{Ledger, Write};
 use super::siblings::Replacements;
 use super::versions::{is_at_or_below, misses};
-use crate::history::{Event, EventId, History, Mark, Mode, Reading};
+use crate::history::{Event, EventId, History, Mark, Mode, Reading, origin_of};
 
 /// Everything that is wrong.
 #[must_use]
@@ -37,7 +37,7 @@ pub fn check(history: &History) -> Vec<Violation> {
                 Some(_) => survives(history, write, event.returned),
                 None => !disks_lost && rules.window_nanos == 0,
             };
-            if !lasts {
+            if !lasts || is_of_a_forgetful_origin(history, reading, write) {
                 continue;
             }
             let what = match rules.mode {
@@ -57,6 +57,22 @@ pub fn check(history: &History) -> Vec<Violation> {
         }
     }
     found
+}
+
+/// Whether the origin lost its disks before it stamped the write, and with them the memory of what
+/// it had promised, and the answer may rest on a promise from before.
+fn is_of_a_forgetful_origin(history: &History, reading: &Reading, write: &Write) -> bool {
+    let rules = &history.rules;
+    let slack = rules.skew_us + rules.max_offset_us + rules.ahead_us;
+    let forgot = |node: u32, at: u64| {
+        write.version.is_some_and(|version| version.dot.origin == origin_of(node))
+            && at <= write.invoked
+            && reading.as_of.wall().0 <= rules.wall_us(at) + slack
+    };
+    history.marks.iter().any(|mark| match mark {
+        Mark::DiskLost { node, at } => forgot(*node, *at),
+        _ => false,
+    })
 }
 
 fn missing(

@@ -21,7 +21,7 @@ use annulus_engine::Result;
 use annulus_engine::disk::Disk as _;
 use annulus_engine::identity::Identity;
 use annulus_engine::model::causality::ContextSecret;
-use annulus_engine::model::{Instant, OriginId, WallMicros};
+use annulus_engine::model::{Instant, WallMicros};
 use annulus_engine::options::Options;
 use annulus_engine::runtime::{Class, Runtime as _};
 use annulus_engine::shard::Shard;
@@ -31,6 +31,7 @@ use annulus_net::wire::hello::{Limits, VERSION, Welcome};
 
 use super::desk::{DeskOf, Generations, SharedDesk, SimDesk};
 use super::wires::{Input, SimLinks, SimMesh, SimWires};
+use crate::history::origin_of;
 use crate::network::{Parcel, Place};
 use crate::workload::HASH_SEED;
 
@@ -412,14 +413,14 @@ async fn open(
 
 /// A node's number among the members: from 1.
 pub(super) fn node_id(node: u32) -> NodeId {
-    NodeId(node + 1)
+    NodeId(origin_of(node).0)
 }
 
 /// Who a shard is.
 pub(super) fn identity(place: Place, common: &Common) -> Identity {
     Identity {
         cluster: CLUSTER,
-        node: OriginId(node_id(place.node).0),
+        node: origin_of(place.node),
         shard: place.shard,
         shard_count: common.shards,
         hash_seed: HASH_SEED,

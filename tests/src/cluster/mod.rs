@@ -127,6 +127,8 @@ pub struct SimCluster {
     clients: Vec<Client>,
     operators: Vec<Operator>,
     mix: CallMix,
+    /// When the last operation of a slow disk will have ended, as far as known.
+    settles_at: Instant,
     disk_nanos_max: u64,
     book: Book,
     /// Promises broken outside of histories.
@@ -212,6 +214,7 @@ impl SimCluster {
             clients,
             operators,
             mix: options.mix.clone(),
+            settles_at: now,
             disk_nanos_max: options.disk_nanos_max,
             book,
             broken: Vec::new(),
@@ -424,8 +427,9 @@ impl SimCluster {
         // An operation that has begun to take long goes on to, after the disk is well again.
         let late = std::mem::take(&mut self.nodes[node as usize].disk_delay);
         if let Some(from) = self.nodes[node as usize].disk_trouble.take() {
-            let mark = Mark::Stood { node, from: from.0, until: self.now().0 + late };
-            self.book.mark(mark);
+            let until = self.now().after_nanos(late);
+            self.settles_at = self.settles_at.max(until);
+            self.book.mark(Mark::Stood { node, from: from.0, until: until.0 });
         }
     }
 
@@ -699,6 +703,13 @@ impl SimCluster {
             violation.what.starts_with(&place)
         });
         keys.next()
+    }
+
+    /// When nothing is under way any more that began while a disk was slow: until then a write
+    /// whose fate nobody was told may still take effect.
+    #[must_use]
+    pub fn settles_at(&self) -> Instant {
+        self.settles_at
     }
 
     /// Says that all replicas are equal now and nothing is under way.

@@ -192,8 +192,11 @@ impl SimCluster {
         let mut book = Book::default();
         let window_nanos = match options.durability {
             Durability::Sync => 0,
-            // The sync itself takes its time.
-            Durability::Periodic { window_ms } => (window_ms + 100) * 1_000_000,
+            // The disk takes its time: for the write, for a sync that is under way when the window
+            // has passed, and for the one after it; each of two segments at most.
+            Durability::Periodic { window_ms } => {
+                (window_ms + 100) * 1_000_000 + 5 * options.disk_nanos_max
+            }
         };
         let rules = |mode| Rules {
             replicas: options.replicas,

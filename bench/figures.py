@@ -297,7 +297,7 @@ def section_values():
 def dev(*options):
     path = fresh("dev")
     command = [ANNULUS, "dev", "--nodes", "3", "--data-dir", str(path / "data"), "--base-port",
-               "7811", "--", "--shards", "1", *options]
+               "7811", "--", *options]
     return Server(command, says("cluster ready"), path / "log")
 
 

@@ -257,7 +257,9 @@ fn drive<T: Target>(
                 }
                 source.send_write(connection, id, time, book);
             }
-            if !had_free && !connection.free.is_empty() {
+            // One that had nothing more to send may have it again.
+            let again = had_free && !source.refused.is_empty() && !ready.contains(&index);
+            if (!had_free || again) && !connection.free.is_empty() {
                 ready.push_back(index);
             }
         }
@@ -338,6 +340,10 @@ struct Source<'a> {
     sent: u64,
     begin: Instant,
     ended_at: Option<Instant>,
+    /// Keys of a preload whose writes were refused before anything was done, to be sent again.
+    refused: Vec<u64>,
+    /// How many more refused writes of a preload are sent again.
+    retries: u64,
     /// How far a preload has come in each lane.
     cursors: Vec<u64>,
     key: Vec<u8>,
@@ -361,6 +367,8 @@ impl<'a> Source<'a> {
             sent: 0,
             begin: now(),
             ended_at: None,
+            refused: Vec::new(),
+            retries: 10_000 + 10 * load.keys,
             cursors: Vec::new(),
             key: Vec::new(),
             value: Vec::new(),
@@ -494,6 +502,12 @@ impl<'a> Source<'a> {
         let lane = target.lane();
         if self.cursors.len() <= lane {
             self.cursors.resize(lane + 1, 0);
+        }
+        for index in (0..self.refused.len()).rev() {
+            write_key(self.load.stripe.id(self.refused[index]), self.load.key_size, &mut self.key);
+            if target.serves(&self.key) {
+                return Some(self.refused.swap_remove(index));
+            }
         }
         while self.cursors[lane] < self.load.keys {
             let id = self.cursors[lane];
@@ -634,6 +648,14 @@ impl<'a> Source<'a> {
             {
                 if let Some(book) = book.as_mut() {
                     book.give_up(slot.id);
+                }
+                if self.load.sequential && self.retries > 0 && matches!(reply, Reply::NotStarted(_))
+                {
+                    self.retries -= 1;
+                    self.sent -= 1;
+                    self.ended_at = None;
+                    self.refused.push(slot.id);
+                    return;
                 }
                 report.unsuccessful(slot.kind, reply);
             }

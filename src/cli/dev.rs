@@ -11,6 +11,7 @@
 //! and remove markers and wait. Invariant: a node that ended by itself, or was killed, stays down
 //! until it is asked for again; when the keeper ends, so do its nodes.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -242,13 +243,26 @@ fn spawn(cluster: &Cluster, node: u32, arguments: &DevArguments) -> io::Result<C
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("serve").args(["--data-dir".into(), cluster.dir.join(format!("node-{node}"))]);
     command.args(["--listen", &port(node, 0)?, "--peer-listen", &port(node, 1)?]);
-    command.args(["--admin-listen", &port(node, 2)?, "--shards", "1", "--spin", "0s"]);
-    command.args(["--memory", "512MiB", "--rack", &format!("rack{node}")]);
+    command.args(["--admin-listen", &port(node, 2)?]);
+    let rack = format!("rack{node}");
+    let usual = [("--shards", "1"), ("--spin", "0s"), ("--memory", "512MiB"), ("--rack", &rack)];
+    for (option, value) in usual {
+        if !is_given(option, &arguments.serve) {
+            command.args([option, value]);
+        }
+    }
     if arguments.nodes > 1 {
         command.args(["--join", &peers?.join(",")]);
     }
     command.args(&arguments.serve);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn()
+}
+
+/// Whether the user says this option himself, as `--option value` or `--option=value`.
+fn is_given(option: &str, serve: &[OsString]) -> bool {
+    serve.iter().filter_map(|word| word.to_str()).any(|word| {
+        word.strip_prefix(option).is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    })
 }
 
 /// Tells of the ready line, and reads on so that the node is never blocked.
@@ -301,4 +315,16 @@ fn print_line(line: &str) {
 
 fn trouble(path: &Path, error: &io::Error) -> Failure {
     Failure::usage(format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_user_says_is_not_said_again() {
+        let serve = ["--shards", "2", "--spin=1ms", "--racks"].map(OsString::from);
+        assert!(is_given("--shards", &serve) && is_given("--spin", &serve));
+        assert!(!is_given("--rack", &serve) && !is_given("--memory", &serve));
+    }
 }

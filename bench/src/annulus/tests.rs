@@ -193,8 +193,18 @@ fn a_missing_namespace_is_named() {
     assert_eq!(error, "there is no namespace other");
 }
 
+/// What is wrong with a server.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flaw {
+    None,
+    /// Every seventh request is refused.
+    Busy,
+    /// After 500 requests all values are wrong.
+    Lies,
+}
+
 /// Serves `connections` connections, one after another in turns, until all are closed.
-fn serve_sockets(listener: &TcpListener, connections: usize, lie: bool) {
+fn serve_sockets(listener: &TcpListener, connections: usize, flaw: Flaw) {
     let map = RefCell::new(Map::new());
     let mut open: Vec<_> = (0..connections)
         .map(|_| {
@@ -228,8 +238,12 @@ fn serve_sockets(listener: &TcpListener, connections: usize, lie: bool) {
                                arrival: annulus_net::server_connection::Arrival,
                                request: Incoming<'_>| {
                 answered += 1;
-                if lie && answered == 500 {
+                if flaw == Flaw::Lies && answered == 500 {
                     map.borrow_mut().values_mut().for_each(|value| value[20] ^= 1);
+                }
+                if flaw == Flaw::Busy && answered % 7 == 0 {
+                    let busy = Failure::new(Status::BUSY, "later");
+                    return replies.failure(arrival.ticket, &busy);
                 }
                 serve(&mut map.borrow_mut(), replies, arrival.ticket, &request);
             };
@@ -251,12 +265,12 @@ fn serve_sockets(listener: &TcpListener, connections: usize, lie: bool) {
     }
 }
 
-fn verified(by_shard: bool, lie: bool) -> (Report, Report, u64) {
+fn verified(by_shard: bool, flaw: Flaw) -> (Report, Report, u64) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let server = std::thread::spawn(move || {
-        serve_sockets(&listener, 4, false);
-        serve_sockets(&listener, 4, lie);
+        serve_sockets(&listener, 4, Flaw::Busy);
+        serve_sockets(&listener, 4, flaw);
     });
     // The second server starts empty, so the run is a preload and a run over one book's keys.
     let plan = Plan::new(&facts(8).welcome, &levels(), by_shard).unwrap();
@@ -288,10 +302,11 @@ fn verified(by_shard: bool, lie: bool) -> (Report, Report, u64) {
 }
 
 #[test]
-fn a_load_writes_each_key_once_and_finds_every_value_as_written() {
+fn a_load_writes_each_key_once_though_some_are_refused_and_finds_every_value() {
     for by_shard in [false, true] {
-        let (preload, report, wrong) = verified(by_shard, false);
-        assert_eq!(preload.summary("", "").writes_us.count, 200);
+        let (preload, report, wrong) = verified(by_shard, Flaw::None);
+        let preload = preload.summary("", "");
+        assert_eq!((preload.writes_us.count, preload.errors), (200, 0));
         let summary = report.summary("", "");
         assert_eq!((summary.errors, wrong, summary.lost), (0, 0, None));
         // Each read-modify-write is two operations.
@@ -301,7 +316,7 @@ fn a_load_writes_each_key_once_and_finds_every_value_as_written() {
 
 #[test]
 fn a_server_that_damages_values_is_caught() {
-    let (_, report, wrong) = verified(false, true);
+    let (_, report, wrong) = verified(false, Flaw::Lies);
     assert!(wrong > 0, "{:?}", report.summary("", ""));
 }
 

@@ -21,6 +21,8 @@ const SMOOTHING: u64 = 8;
 const FORGIVEN_AFTER: u64 = 10_000_000_000;
 /// How long a node is held that fell silent a second time, in nanoseconds; doubles up to 2^6 times.
 const HOLD: u64 = 100_000_000;
+/// How long a node is held that is behind, in nanoseconds.
+const HOLD_BEHIND: u64 = 1_000_000_000;
 /// Bound of the pause after a failed probe, in nanoseconds; doubles up to 2^7 times.
 const PROBE_PAUSE: u64 = 50_000_000;
 
@@ -137,6 +139,13 @@ impl Health {
         true
     }
 
+    /// Whether a probe of a silent node is overdue too, or failed: it is not just slow.
+    pub(crate) fn is_unresponsive(&self, now: Instant) -> bool {
+        let bound = self.bound(Kind::Read);
+        let is_late = self.probe.is_some_and(|since| now.nanos_since(since) >= bound);
+        self.standing == Standing::Silent && (is_late || self.probe_failures > 0)
+    }
+
     /// A connection was lost or could not be made.
     pub(crate) fn lost(&mut self, now: Instant) {
         if self.standing(now) != Standing::Silent {
@@ -152,6 +161,14 @@ impl Health {
         (self.standing, self.since) = (Standing::Silent, now);
         (self.silent_at, self.late_sampled) = (Some(now), false);
         (self.doubted, self.next_probe) = (false, now);
+    }
+
+    /// It answered from data that is behind: it has been away, and is left to catch up.
+    pub(crate) fn behind(&mut self, now: Instant) {
+        if self.standing(now) == Standing::Healthy {
+            (self.standing, self.since) = (Standing::Held, now);
+            self.held_until = now.after_nanos(HOLD_BEHIND);
+        }
     }
 
     /// When the next probe is due, if one is wanted and none is under way.
@@ -248,10 +265,13 @@ mod tests {
         assert!(health.overdue(at(50), Kind::Write, at(0)));
         assert_eq!(health.standing(at(50)), Standing::Silent);
         assert!(health.begin_probe(at(50)));
+        assert!(!health.is_unresponsive(at(99)), "perhaps only slow");
+        assert!(health.is_unresponsive(at(100)));
         assert!(!health.begin_probe(at(5_000)), "one at a time");
         assert_eq!(health.standing(at(5_000)), Standing::Silent);
         health.probe_answered(at(5_001));
         assert_eq!(health.standing(at(5_001)), Standing::Healthy);
+        assert!(!health.is_unresponsive(at(5_001)));
         // What was sent before it came back goes elsewhere, and is not held against it.
         assert!(health.overdue(at(5_002), Kind::Read, at(49)));
         assert_eq!(health.standing(at(5_002)), Standing::Healthy);
@@ -271,6 +291,15 @@ mod tests {
         assert_eq!(holds, [0, 100, 200, 400, 800, 1600, 3200, 6400, 6400, 6400]);
         pause(&mut health, ms + 10_000, 1);
         assert_eq!(health.standing(at(ms + 10_001)), Standing::Healthy);
+    }
+
+    #[test]
+    fn a_node_that_is_behind_is_left_alone_for_a_second() {
+        let mut health = health();
+        health.behind(at(10));
+        assert_eq!(health.standing(at(1_009)), Standing::Held);
+        assert_eq!(health.next_probe(), None);
+        assert_eq!(health.standing(at(1_010)), Standing::Healthy);
     }
 
     #[test]

@@ -61,7 +61,7 @@ pub use types::{
     Sibling, WriteOptions, Written,
 };
 
-use crate::wire::fields::OperationFlags;
+use crate::wire::fields::{OperationFlags, Version};
 use crate::wire::hello::Welcome;
 use crate::wire::request::{Admin, Outgoing};
 use crate::wire::status::Status;
@@ -88,7 +88,7 @@ enum Effect {
     Once,
     /// Nothing more, but it would say that the condition is false: writes that name the version
     /// that they replace.
-    Versioned,
+    Versioned(Version),
     /// It would happen again.
     Again,
 }

@@ -214,7 +214,7 @@ impl Namespace {
         };
         let effect = match condition {
             _ if once.is_some() => Effect::Once,
-            Condition::IfVersion(_) => Effect::Versioned,
+            Condition::IfVersion(version) => Effect::Versioned(version),
             // What is absent can have come and gone in between.
             Condition::IfAbsent | Condition::Always => Effect::Again,
         };

@@ -29,6 +29,8 @@ use crate::wire::request::Outgoing;
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// At most one introduction in this time because of a node that nobody has named, in nanoseconds.
 const REFRESH_PAUSE: u64 = 1_000_000_000;
+/// How long it may take until a probe that is due is made, in nanoseconds.
+const PROBE_DELAY: u64 = 2_000_000;
 
 /// A node, its health and the PING under way.
 pub(super) struct Watched {
@@ -36,6 +38,16 @@ pub(super) struct Watched {
     ping: Option<oneshot::Receiver<Outcome>>,
     /// The connection that gave rise to doubt.
     via: Weak<Link>,
+}
+
+/// What an overdue answer means.
+pub(crate) struct Overdue {
+    /// The request had better go elsewhere.
+    pub(crate) elsewhere: bool,
+    /// The node answers nothing at all.
+    pub(crate) unresponsive: bool,
+    /// Nanoseconds after which there is more to know.
+    pub(crate) look_again: u64,
 }
 
 /// A connection for a request, and what goes with it.
@@ -232,23 +244,27 @@ impl Pool {
         }
     }
 
-    /// What was sent to a node then is overdue. Whether the request should go elsewhere.
+    /// What was sent to a node then is overdue.
     pub(crate) fn overdue(
         &self,
         node: OriginId,
         link: &Arc<Link>,
         kind: Kind,
         sent: Instant,
-    ) -> bool {
+    ) -> Overdue {
         let now = self.timer.clock.now();
         let mut state = self.lock();
         let watched = state.watch(node, now, &self.options);
-        let elsewhere = watched.health.overdue(now, kind, sent);
+        let health = &mut watched.health;
+        let elsewhere = health.overdue(now, kind, sent);
+        let unresponsive = health.is_unresponsive(now);
+        // By then a probe that begins now is overdue.
+        let look_again = health.bound(Kind::Read) + PROBE_DELAY;
         if watched.health.next_probe().is_some_and(|at| at <= now) {
             watched.via = Arc::downgrade(link);
             self.timer.wake();
         }
-        elsewhere
+        Overdue { elsewhere, unresponsive, look_again }
     }
 
     /// A connection to a node was lost.
@@ -258,6 +274,12 @@ impl Pool {
             self.lock().watch(node, now, &self.options).health.lost(now);
             self.timer.wake();
         }
+    }
+
+    /// A node answered from data that is behind.
+    pub(crate) fn behind(&self, node: OriginId) {
+        let now = self.timer.clock.now();
+        self.lock().watch(node, now, &self.options).health.behind(now);
     }
 
     /// Whether a node is believed to answer.

@@ -20,8 +20,9 @@ use super::nodes::Chosen;
 use super::types::{Error, Result};
 use super::{Client, Effect};
 use crate::client_connection::Unsent;
+use crate::wire::fields::Version;
 use crate::wire::request::Outgoing;
-use crate::wire::response::decode_failure;
+use crate::wire::response::{decode_failure, decode_write};
 use crate::wire::status::{Class, Status};
 
 /// Most copies of a request under way.
@@ -43,8 +44,6 @@ struct Flight {
     link: std::sync::Arc<Link>,
     node: OriginId,
     sent: Instant,
-    /// Nanoseconds after which the answer is overdue.
-    bound: u64,
     /// When to look at it again.
     alarm: Instant,
     is_overdue: bool,
@@ -61,6 +60,10 @@ pub(super) struct Tries {
     rounds: u32,
     /// A copy of a write ended without an answer: it may be applied.
     unsure: bool,
+    /// A server has said so of one: it has begun, and a condition would be false.
+    has_begun: bool,
+    /// The condition was false at a node that is behind: the answer if no other node knows better.
+    stale: Option<Answer>,
     /// The condition was false for one copy while another may have been applied.
     denied: Option<Answer>,
 }
@@ -89,6 +92,16 @@ impl Tries {
         self.flights.iter().map(|flight| flight.alarm).chain(self.hedge_at).min()
     }
 
+    /// Whether it can be sent again after an end that leaves it unsure.
+    fn may_repeat(&self, effect: Effect) -> bool {
+        match effect {
+            Effect::None | Effect::Once => true,
+            // Once it was denied it would be again.
+            Effect::Versioned(_) => self.denied.is_none() && !self.has_begun,
+            Effect::Again => false,
+        }
+    }
+
     /// The error to tell: one that says "not started" is no answer for the copies before.
     fn told(&self, error: Error) -> Error {
         match error {
@@ -110,29 +123,33 @@ impl Client {
                 }
                 Err(error) => error,
             };
-            let (safe, at_least) = match &error {
-                Error::NotStarted { retry_after, .. } => (true, *retry_after),
-                Error::Unreachable { .. } => (true, Duration::ZERO),
-                // Once it was denied it would be again.
-                Error::MayBeApplied { .. } => {
-                    (ask.effect != Effect::Again && tries.denied.is_none(), Duration::ZERO)
-                }
-                _ => (false, Duration::ZERO),
+            let Some(until) = self.next_round(ask, &tries, &error) else {
+                return match tries.stale.take() {
+                    Some(answer) if !tries.unsure => Ok(answer),
+                    _ => Err(tries.told(error)),
+                };
             };
-            if !safe {
-                return Err(tries.told(error));
-            }
-            let Some(wait) = self.pool.retry().next(tries.rounds, at_least) else {
-                return Err(tries.told(error));
-            };
-            let until = self.pool.timer.clock.after(wait);
-            if until >= ask.deadline {
-                return Err(tries.told(error));
-            }
             // A timer that is gone releases its waits: the client is being dropped.
             let _ = self.pool.timer.wait_until(until).await;
             tries.rounds += 1;
         }
+    }
+
+    /// When to try again after this error; `None` when not at all.
+    fn next_round(&self, ask: &Ask<'_>, tries: &Tries, error: &Error) -> Option<Instant> {
+        let at_least = match error {
+            Error::NotStarted { retry_after, .. } => *retry_after,
+            Error::MayBeApplied { .. } if !tries.may_repeat(ask.effect) => return None,
+            Error::Unreachable { .. } | Error::MayBeApplied { .. } => Duration::ZERO,
+            _ => return None,
+        };
+        // Three nodes that have not seen a version: perhaps there is none.
+        if tries.stale.is_some() && tries.rounds >= 2 {
+            return None;
+        }
+        let wait = self.pool.retry().next(tries.rounds, at_least)?;
+        let until = self.pool.timer.clock.after(wait);
+        (until < ask.deadline).then_some(until)
     }
 
     /// Sends the request, unless it is under way, and waits until a copy is answered or none is
@@ -151,14 +168,20 @@ impl Client {
             };
             let error = match self.land(ask, tries, &flight, outcome) {
                 Ok(answer) => {
-                    let is_denied =
-                        ask.effect == Effect::Versioned && answer.status == Status::CONDITION_FALSE;
-                    if !is_denied || (tries.flights.is_empty() && !tries.unsure) {
+                    let is_denied = matches!(ask.effect, Effect::Versioned(_))
+                        && answer.status == Status::CONDITION_FALSE;
+                    if is_denied && self.is_behind(ask, &answer) {
+                        self.pool.behind(flight.node);
+                        tries.stale = Some(answer);
+                        let what = "the node has not seen the version named";
+                        Some(Error::not_started(Status::STALE_UNAVAILABLE, what))
+                    } else if is_denied && (tries.unsure || !tries.flights.is_empty()) {
+                        tries.denied = Some(answer);
+                        None
+                    } else {
                         self.leave(tries);
                         return Ok(answer);
                     }
-                    tries.denied = Some(answer);
-                    None
                 }
                 Err(error) => {
                     let is_unsure = matches!(error, Error::MayBeApplied { .. });
@@ -185,13 +208,13 @@ impl Client {
     fn land(
         &self,
         ask: &Ask<'_>,
-        tries: &Tries,
+        tries: &mut Tries,
         flight: &Flight,
         outcome: std::result::Result<Outcome, oneshot::Canceled>,
     ) -> Result<Answer> {
         let unsure = |what: &str| match ask.effect {
             Effect::None => Error::not_started(Status::UNAVAILABLE, what),
-            Effect::Once | Effect::Versioned | Effect::Again => Error::may_be_applied(what),
+            Effect::Once | Effect::Versioned(_) | Effect::Again => Error::may_be_applied(what),
         };
         match outcome {
             Ok(Ok(answer)) if answer.status.class() == Class::Answered => {
@@ -205,6 +228,7 @@ impl Client {
                 if answer.status == Status::BUSY {
                     self.pool.busy();
                 }
+                tries.has_begun |= answer.status.class() == Class::MayBeApplied;
                 Err(match decode_failure(answer.status, &answer.body) {
                     Ok(failure) => Error::of(&failure),
                     Err(malformed) => unsure(malformed.0),
@@ -216,6 +240,16 @@ impl Client {
                 Err(unsure("the connection was lost before the answer"))
             }
         }
+    }
+
+    /// Whether a node found a condition false because it has not seen the version named yet: a
+    /// version never follows a greater one.
+    fn is_behind(&self, ask: &Ask<'_>, answer: &Answer) -> bool {
+        let (Effect::Versioned(named), Ok(facts)) = (ask.effect, decode_write(&answer.body)) else {
+            return false;
+        };
+        let live = facts.version;
+        self.pool.is_many() && live != Version::default() && live.timestamp < named.timestamp
     }
 
     /// The answer is there: copies that were overtaken cast doubt on their nodes.
@@ -259,9 +293,13 @@ impl Client {
         }
         for flight in &mut tries.flights {
             if flight.alarm <= now {
-                flight.alarm = now.after_nanos(flight.bound);
                 let overdue = self.pool.overdue(flight.node, &flight.link, ask.kind, flight.sent);
-                flight.is_overdue = overdue;
+                flight.alarm = now.after_nanos(overdue.look_again);
+                flight.is_overdue = match ask.effect {
+                    // A node that is only slow would carry it out as well, a second time.
+                    Effect::Versioned(_) => overdue.unresponsive,
+                    _ => overdue.elsewhere,
+                };
             }
         }
         if tries.flights.iter().all(|flight| flight.is_overdue) {
@@ -292,7 +330,6 @@ impl Client {
             link: std::sync::Arc::clone(&chosen.link),
             node: chosen.node,
             sent,
-            bound: chosen.bound,
             alarm: sent.after_nanos(chosen.bound),
             is_overdue: false,
         })

@@ -48,6 +48,8 @@ struct Store {
     hang_up: AtomicBool,
     /// The same, after the request was carried out.
     apply_and_hang_up: AtomicBool,
+    /// Judge conditions as if nothing had been written since the first version.
+    is_behind: AtomicBool,
     /// Close connections as they come.
     refuse: AtomicBool,
     /// Connections that were made.
@@ -210,7 +212,10 @@ fn handle(
         Request::Put(put) => {
             note(put.key);
             let siblings = values.entry((put.token, put.key.to_vec())).or_default();
-            let live = siblings.first().map_or(Version::default(), |v| version(v.len() as u64));
+            let mut live = siblings.first().map_or(Version::default(), |v| version(v.len() as u64));
+            if store.is_behind.load(Ordering::SeqCst) {
+                live = version(1);
+            }
             let holds = match put.options.condition {
                 Condition::Always => true,
                 Condition::IfAbsent => siblings.is_empty(),

@@ -210,6 +210,30 @@ mod tests {
     }
 
     #[test]
+    fn it_begins_to_tick_at_the_time_asked_for_and_alarms_are_never_early() {
+        struct Tell(Mutex<Option<oneshot::Sender<Instant>>>);
+        impl Ticked for Tell {
+            fn tick(&self, now: Instant) -> bool {
+                // Ticked once more by nothing.
+                let _ = self.0.lock().unwrap().take().map(|tell| tell.send(now));
+                false
+            }
+        }
+        let timer = Timer::start().unwrap();
+        let (tell, told) = oneshot::channel();
+        let tell = Arc::new(Tell(Mutex::new(Some(tell))));
+        let weak = Arc::downgrade(&tell);
+        timer.register(weak);
+        let when = timer.clock.after(Duration::from_millis(3));
+        timer.tick_at(timer.clock.after(Duration::from_secs(3600)));
+        timer.tick_at(when);
+        assert!(block_on(told).unwrap() >= when);
+        let when = timer.clock.after(Duration::from_micros(1_300));
+        block_on(timer.alarm(when)).unwrap();
+        assert!(timer.clock.now() >= when);
+    }
+
+    #[test]
     fn what_waits_when_the_timer_goes_is_released() {
         let timer = Timer::start().unwrap();
         let wait = timer.wait_until(timer.clock.after(Duration::from_secs(3600)));

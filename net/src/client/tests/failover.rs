@@ -159,6 +159,23 @@ fn a_condition_that_an_earlier_try_may_have_made_false_leaves_the_write_unsure()
 }
 
 #[test]
+fn a_node_that_has_not_seen_a_version_does_not_judge_it() {
+    let cluster = Cluster::start();
+    let space = cluster.namespace(cluster.options());
+    space.put(b"k", b"long").unwrap();
+    cluster.nodes[0].store.is_behind.store(true, Ordering::SeqCst);
+    let before = cluster.requests();
+    space.put_with(b"k", b"longer", &if_version(4)).unwrap();
+    // It is left to catch up.
+    space.put_with(b"k", b"the longest", &if_version(6)).unwrap();
+    let after = cluster.requests();
+    assert_eq!((after[0], after[1]), (before[0] + 1, before[1] + 2));
+    // A version that nobody has seen is false in the end.
+    let error = space.put_with(b"k", b"v", &if_version(99)).unwrap_err();
+    assert!(matches!(error, Error::ConditionFailed { .. }), "{error}");
+}
+
+#[test]
 fn a_read_that_is_late_is_hedged_and_the_late_answer_harms_nothing() {
     let cluster = Cluster::start();
     // Suspicion would help too, but only after a minute.

@@ -5,11 +5,6 @@
 //! probed by one PING, or one attempt to connect, at a time; with a single node none of this
 //! happens. Deciding is in `health.rs`, `hedge.rs` and `choice.rs`.
 
-#![expect(
-    clippy::disallowed_types,
-    reason = "client threads share state; shards never run this code"
-)]
-
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 

@@ -310,7 +310,8 @@ impl Client {
     /// Sends one more copy, to a healthy node that has none, if that is harmless and paid for.
     fn send_another(&self, ask: &Ask<'_>, tries: &mut Tries, pay: impl FnOnce() -> bool) {
         let harmless = ask.token.is_some() && ask.effect != Effect::Again;
-        if !harmless || tries.flights.len() >= FLIGHTS_MAX {
+        // What was denied once is denied again: only the copies under way can tell more.
+        if !harmless || tries.denied.is_some() || tries.flights.len() >= FLIGHTS_MAX {
             return;
         }
         let chosen = self.pool.choose(ask.token, ask.kind, &tries.asked, Need::Another);

@@ -59,7 +59,10 @@ fn write_until(keys: &BlockingNamespace, versions: &mut [Version], stop: &Atomic
     for number in (0..KEYS).cycle().take_while(|_| !stop.load(Ordering::Relaxed)) {
         count += 1;
         let condition = Condition::IfVersion(versions[number]);
-        let options = WriteOptions { condition, level: Level::Quorum, ..WriteOptions::default() };
+        // So that one which may have been applied does not hold up the others for long.
+        let timeout = Some(NOTICED);
+        let level = Level::Quorum;
+        let options = WriteOptions { condition, level, timeout, ..WriteOptions::default() };
         let value = count.to_string();
         let put = || keys.put_with(&key(number), value.as_bytes(), &options);
         match done(&mut outcomes, put) {
@@ -130,10 +133,10 @@ fn gets(nodes: &Nodes, node: u16) -> u64 {
 }
 
 #[test]
-fn a_paused_node_and_a_killed_one_cost_one_client_no_errors_and_little_time() {
+fn a_paused_node_and_a_killed_one_cost_at_most_the_write_that_was_under_way() {
     let dir = scratch();
     let nodes = Nodes::start(&dir.path().join("dev"), 3);
-    // The first node that it is told of is paused, too, and the others come from its HELLO.
+    // It is told of one node, the one that is paused, and has the others from its HELLO.
     let options = ClientOptions {
         timeout: Duration::from_secs(5),
         ..ClientOptions::new([nodes.client_address(2).to_string()])

@@ -139,13 +139,6 @@ impl Health {
         true
     }
 
-    /// Whether a probe of a silent node is overdue too, or failed: it is not just slow.
-    pub(crate) fn is_unresponsive(&self, now: Instant) -> bool {
-        let bound = self.bound(Kind::Read);
-        let is_late = self.probe.is_some_and(|since| now.nanos_since(since) >= bound);
-        self.standing == Standing::Silent && (is_late || self.probe_failures > 0)
-    }
-
     /// A connection was lost or could not be made.
     pub(crate) fn lost(&mut self, now: Instant) {
         if self.standing(now) != Standing::Silent {
@@ -265,13 +258,10 @@ mod tests {
         assert!(health.overdue(at(50), Kind::Write, at(0)));
         assert_eq!(health.standing(at(50)), Standing::Silent);
         assert!(health.begin_probe(at(50)));
-        assert!(!health.is_unresponsive(at(99)), "perhaps only slow");
-        assert!(health.is_unresponsive(at(100)));
         assert!(!health.begin_probe(at(5_000)), "one at a time");
         assert_eq!(health.standing(at(5_000)), Standing::Silent);
         health.probe_answered(at(5_001));
         assert_eq!(health.standing(at(5_001)), Standing::Healthy);
-        assert!(!health.is_unresponsive(at(5_001)));
         // What was sent before it came back goes elsewhere, and is not held against it.
         assert!(health.overdue(at(5_002), Kind::Read, at(49)));
         assert_eq!(health.standing(at(5_002)), Standing::Healthy);

@@ -86,8 +86,7 @@ enum Effect {
     None,
     /// Nothing more: writes with a once-id.
     Once,
-    /// Nothing more, but it would say that the condition is false: writes that name the version
-    /// that they replace.
+    /// As `Again`; but a node that has not seen the version that is named does not judge it.
     Versioned(Version),
     /// It would happen again.
     Again,

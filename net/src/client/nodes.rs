@@ -39,8 +39,6 @@ pub(super) struct Watched {
 pub(crate) struct Overdue {
     /// The request had better go elsewhere.
     pub(crate) elsewhere: bool,
-    /// The node answers nothing at all.
-    pub(crate) unresponsive: bool,
     /// Nanoseconds after which there is more to know.
     pub(crate) look_again: u64,
 }
@@ -252,14 +250,13 @@ impl Pool {
         let watched = state.watch(node, now, &self.options);
         let health = &mut watched.health;
         let elsewhere = health.overdue(now, kind, sent);
-        let unresponsive = health.is_unresponsive(now);
         // By then a probe that begins now is overdue.
         let look_again = health.bound(Kind::Read) + PROBE_DELAY;
         if watched.health.next_probe().is_some_and(|at| at <= now) {
             watched.via = Arc::downgrade(link);
             self.timer.wake();
         }
-        Overdue { elsewhere, unresponsive, look_again }
+        Overdue { elsewhere, look_again }
     }
 
     /// A connection to a node was lost.

@@ -3,8 +3,7 @@
 //!
 //! Invariants: what may have happened is sent again only if that is harmless; all of a request's
 //! copies have its one deadline; beyond the first each is paid for from a budget. The first answer
-//! wins; later ones are dropped as they come, their connections live on. A condition that is found
-//! false counts only when no other copy may have made it so.
+//! wins; later ones are dropped as they come, their connections live on.
 
 use std::pin::Pin;
 use std::task::Poll;
@@ -60,12 +59,8 @@ pub(super) struct Tries {
     rounds: u32,
     /// A copy of a write ended without an answer: it may be applied.
     unsure: bool,
-    /// A server has said so of one: it has begun, and a condition would be false.
-    has_begun: bool,
     /// The condition was false at a node that is behind: the answer if no other node knows better.
     stale: Option<Answer>,
-    /// The condition was false for one copy while another may have been applied.
-    denied: Option<Answer>,
 }
 
 enum Event {
@@ -96,9 +91,7 @@ impl Tries {
     fn may_repeat(&self, effect: Effect) -> bool {
         match effect {
             Effect::None | Effect::Once => true,
-            // Once it was denied it would be again.
-            Effect::Versioned(_) => self.denied.is_none() && !self.has_begun,
-            Effect::Again => false,
+            Effect::Versioned(_) | Effect::Again => false,
         }
     }
 
@@ -168,38 +161,23 @@ impl Client {
             };
             let error = match self.land(ask, tries, &flight, outcome) {
                 Ok(answer) => {
-                    let is_denied = matches!(ask.effect, Effect::Versioned(_))
-                        && answer.status == Status::CONDITION_FALSE;
-                    if is_denied && self.is_behind(ask, &answer) {
-                        self.pool.behind(flight.node);
-                        tries.stale = Some(answer);
-                        let what = "the node has not seen the version named";
-                        Some(Error::not_started(Status::STALE_UNAVAILABLE, what))
-                    } else if is_denied && (tries.unsure || !tries.flights.is_empty()) {
-                        tries.denied = Some(answer);
-                        None
-                    } else {
+                    if !self.is_behind(ask, &answer) {
                         self.leave(tries);
                         return Ok(answer);
                     }
+                    self.pool.behind(flight.node);
+                    tries.stale = Some(answer);
+                    let what = "the node has not seen the version named";
+                    Error::not_started(Status::STALE_UNAVAILABLE, what)
                 }
                 Err(error) => {
                     let is_unsure = matches!(error, Error::MayBeApplied { .. });
                     tries.unsure |= is_unsure && ask.effect != Effect::None;
-                    Some(error)
+                    error
                 }
             };
-            if !tries.flights.is_empty() {
-                continue;
-            }
-            if tries.denied.is_some() && tries.unsure {
-                let what = "the condition is false, perhaps because an earlier try was applied";
-                return Err(Error::may_be_applied(what));
-            }
-            match (tries.denied.take(), error) {
-                (Some(denied), _) => return Ok(denied),
-                (None, Some(error)) => return Err(error),
-                (None, None) => {}
+            if tries.flights.is_empty() {
+                return Err(error);
             }
         }
     }
@@ -228,7 +206,6 @@ impl Client {
                 if answer.status == Status::BUSY {
                     self.pool.busy();
                 }
-                tries.has_begun |= answer.status.class() == Class::MayBeApplied;
                 Err(match decode_failure(answer.status, &answer.body) {
                     Ok(failure) => Error::of(&failure),
                     Err(malformed) => unsure(malformed.0),
@@ -245,6 +222,9 @@ impl Client {
     /// Whether a node found a condition false because it has not seen the version named yet: a
     /// version never follows a greater one.
     fn is_behind(&self, ask: &Ask<'_>, answer: &Answer) -> bool {
+        if answer.status != Status::CONDITION_FALSE {
+            return false;
+        }
         let (Effect::Versioned(named), Ok(facts)) = (ask.effect, decode_write(&answer.body)) else {
             return false;
         };
@@ -295,11 +275,7 @@ impl Client {
             if flight.alarm <= now {
                 let overdue = self.pool.overdue(flight.node, &flight.link, ask.kind, flight.sent);
                 flight.alarm = now.after_nanos(overdue.look_again);
-                flight.is_overdue = match ask.effect {
-                    // A node that is only slow would carry it out as well, a second time.
-                    Effect::Versioned(_) => overdue.unresponsive,
-                    _ => overdue.elsewhere,
-                };
+                flight.is_overdue = overdue.elsewhere;
             }
         }
         if tries.flights.iter().all(|flight| flight.is_overdue) {
@@ -309,9 +285,10 @@ impl Client {
 
     /// Sends one more copy, to a healthy node that has none, if that is harmless and paid for.
     fn send_another(&self, ask: &Ask<'_>, tries: &mut Tries, pay: impl FnOnce() -> bool) {
-        let harmless = ask.token.is_some() && ask.effect != Effect::Again;
-        // What was denied once is denied again: only the copies under way can tell more.
-        if !harmless || tries.denied.is_some() || tries.flights.len() >= FLIGHTS_MAX {
+        // A node that is only slow, or stopped and woken, carries its copy out as well: a condition
+        // that it judges by what it has is no protection.
+        let harmless = ask.token.is_some() && tries.may_repeat(ask.effect);
+        if !harmless || tries.flights.len() >= FLIGHTS_MAX {
             return;
         }
         let chosen = self.pool.choose(ask.token, ask.kind, &tries.asked, Need::Another);

@@ -166,8 +166,8 @@ fn what_a_quorum_acknowledged_outlives_kills_and_pauses_of_a_node() {
         (2, |nodes| {
             nodes.signal(3, libc::SIGSTOP);
             let begin = Instant::now();
-            // Two of three are a quorum. The load itself may wait: its client has learned where
-            // keys live, and sends some to the paused node.
+            // Two of three are a quorum. The load itself may wait: what its client had sent to the
+            // paused node is not sent again.
             for number in 2..7 {
                 let (key, value) = (load_key(number), format!("value-{number}"));
                 let _ = nodes.cli(2, &["put", &key, &value, "--w", "quorum"]).expect_code(0);

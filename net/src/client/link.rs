@@ -33,6 +33,8 @@ use crate::wire::status::Status;
 const READ_BUFFER_SIZE: usize = 64 << 10;
 /// Frames gathered for one write to the socket, in bytes.
 const WRITE_SIZE: usize = 128 << 10;
+/// Most that a calling thread writes itself, in bytes.
+const CALLER_SIZE_MAX: usize = 64 << 10;
 
 /// An answer that owns its bytes.
 #[derive(Debug)]
@@ -295,7 +297,9 @@ impl Link {
         let id = state.connection.send(now, deadline, route, request, &mut state.out)?;
         let (sender, receiver) = oneshot::channel();
         state.answers.insert(id, sender);
-        let flush_here = !state.flushing && flush == Flush::Caller;
+        // What is long could block the caller, past its deadline if the server takes nothing.
+        let is_short = state.out.len() + state.connection.queued_bytes() <= CALLER_SIZE_MAX;
+        let flush_here = !state.flushing && flush == Flush::Caller && is_short;
         if !state.flushing {
             state.flushing = true;
             if !flush_here {
@@ -325,6 +329,11 @@ impl Link {
             state.waiting.0.push_back(Waiter { since, deadline, wake: sender });
         }
         receiver
+    }
+
+    /// Ends the connection: what was sent on it ends as lost.
+    pub(crate) fn end(&self) {
+        self.shared.lose();
     }
 
     /// Whether requests can still be sent.

@@ -8,6 +8,10 @@
 //! operation outlives its deadline; every error says whether the request may have happened
 //! ([`Error::class`]).
 //!
+//! With several nodes it goes on when one is dead or answers nothing: new requests go to others,
+//! what is harmless to send twice is sent once more, and reads that are late are hedged, all
+//! inside a budget ([`ClientOptions::retry_percent`]). See `net/README.md`, "The Rust driver".
+//!
 //! ```no_run
 //! use annulus_net::client::{BlockingClient, ClientOptions, WriteOptions};
 //! use annulus_net::wire::Condition;
@@ -27,9 +31,14 @@
 //! ```
 
 mod blocking;
+mod choice;
+mod health;
+mod hedge;
 mod link;
 mod namespace;
+mod nodes;
 mod pool;
+mod race;
 mod retry;
 #[cfg(test)]
 mod tests;
@@ -52,15 +61,15 @@ pub use types::{
     Sibling, WriteOptions, Written,
 };
 
-use crate::client_connection::Unsent;
-use crate::wire::fields::OperationFlags;
+use crate::wire::fields::{OperationFlags, Version};
 use crate::wire::hello::Welcome;
 use crate::wire::request::{Admin, Outgoing};
-use crate::wire::response::decode_failure;
-use crate::wire::status::{Class, Status};
-use link::{Answer, Ended, Flush};
+use crate::wire::status::Status;
+use health::Kind;
+use link::{Answer, Flush};
 use namespace::too_big;
 use pool::Pool;
+use race::{Ask, Tries};
 use timer::Timer;
 
 /// An asynchronous client of one cluster. Cheap to clone.
@@ -77,6 +86,8 @@ enum Effect {
     None,
     /// Nothing more: writes with a once-id.
     Once,
+    /// As `Again`; but a node that has not seen the version that is named does not judge it.
+    Versioned(Version),
     /// It would happen again.
     Again,
 }
@@ -131,7 +142,7 @@ impl Client {
     /// [`Error`] when it does not.
     pub async fn ping(&self) -> Result<Duration> {
         let start = self.pool.timer.clock.now();
-        self.call(None, &Outgoing::Ping(b"ping"), Effect::None, None).await?;
+        self.call(None, Kind::Long, &Outgoing::Ping(b"ping"), Effect::None, None).await?;
         Ok(Duration::from_nanos(self.pool.timer.clock.now().nanos_since(start)))
     }
 
@@ -140,7 +151,7 @@ impl Client {
     /// # Errors
     /// [`Error`]
     pub async fn stats(&self) -> Result<String> {
-        let answer = self.call(None, &Outgoing::Stats, Effect::None, None).await?;
+        let answer = self.call(None, Kind::Long, &Outgoing::Stats, Effect::None, None).await?;
         json(answer)
     }
 
@@ -158,7 +169,7 @@ impl Client {
             return Err(too_big("command", crate::wire::request::COMMAND_SIZE_MAX));
         }
         let request = Outgoing::Admin(Admin { command, json: json_arguments });
-        json(self.call(None, &request, Effect::Again, timeout).await?)
+        json(self.call(None, Kind::Long, &request, Effect::Again, timeout).await?)
     }
 
     /// Token of a key, as this cluster hashes it.
@@ -190,7 +201,11 @@ impl Client {
     }
 
     /// Waits for the receiver or the deadline.
-    async fn within<T>(&self, deadline: Instant, receiver: oneshot::Receiver<T>) -> Option<T> {
+    async fn within<T>(
+        &self,
+        deadline: Instant,
+        receiver: impl Future<Output = std::result::Result<T, oneshot::Canceled>>,
+    ) -> Option<T> {
         let mut receiver = pin!(receiver);
         let mut timer = pin!(self.pool.timer.wait_until(deadline));
         std::future::poll_fn(|context| {
@@ -202,125 +217,18 @@ impl Client {
         .await
     }
 
-    /// Sends a request and waits for its answer, trying again while that is safe, the budget
-    /// lasts and there is time.
+    /// Sends a request and waits for its answer.
     async fn call(
         &self,
         token: Option<Token>,
+        kind: Kind,
         request: &Outgoing<'_>,
         effect: Effect,
         timeout: Option<Duration>,
     ) -> Result<Answer> {
         let deadline = self.deadline(timeout);
-        let mut attempt = 0;
-        loop {
-            let error = match self.attempt(token, request, effect, deadline, attempt).await {
-                Ok(answer) => {
-                    self.pool.retry().succeeded();
-                    return Ok(answer);
-                }
-                Err(error) => error,
-            };
-            let (safe, at_least) = match &error {
-                Error::NotStarted { retry_after, .. } => (true, *retry_after),
-                Error::Unreachable { .. } => (true, Duration::ZERO),
-                Error::MayBeApplied { .. } => (effect != Effect::Again, Duration::ZERO),
-                _ => (false, Duration::ZERO),
-            };
-            if !safe {
-                return Err(error);
-            }
-            let Some(wait) = self.pool.retry().next(attempt, at_least) else { return Err(error) };
-            let until = self.pool.timer.clock.after(wait);
-            if until >= deadline {
-                return Err(error);
-            }
-            // A timer that is gone releases its waits: the client is being dropped.
-            let _ = self.pool.timer.wait_until(until).await;
-            attempt += 1;
-        }
-    }
-
-    /// One attempt at one server.
-    async fn attempt(
-        &self,
-        token: Option<Token>,
-        request: &Outgoing<'_>,
-        effect: Effect,
-        deadline: Instant,
-        attempt: u32,
-    ) -> Result<Answer> {
-        let outcome = self.start(token, request, deadline, attempt).await?.outcome().await;
-        let unsure = |what: &str| match effect {
-            Effect::None => Error::not_started(Status::UNAVAILABLE, what),
-            Effect::Once | Effect::Again => Error::may_be_applied(what),
-        };
-        match outcome {
-            Ok(Ok(answer)) if answer.status.class() == Class::Answered => Ok(answer),
-            Ok(Ok(answer)) => Err(match decode_failure(answer.status, &answer.body) {
-                Ok(failure) => Error::of(&failure),
-                Err(malformed) => unsure(malformed.0),
-            }),
-            Ok(Err(Ended::TimedOut)) => Err(unsure("no answer before the deadline")),
-            Ok(Err(Ended::Lost)) | Err(oneshot::Canceled) => {
-                Err(unsure("the connection was lost before the answer"))
-            }
-        }
-    }
-
-    /// Sends a request, waiting for a connection and for room. Nothing was sent on errors.
-    async fn start(
-        &self,
-        token: Option<Token>,
-        request: &Outgoing<'_>,
-        deadline: Instant,
-        attempt: u32,
-    ) -> Result<Started> {
-        loop {
-            let Some(chosen) = self.pool.choose(token, attempt) else {
-                self.introduce(deadline).await?;
-                if self.pool.choose(token, attempt).is_none() {
-                    return Err(Error::Unreachable { what: "the connection was lost".to_owned() });
-                }
-                continue;
-            };
-            match chosen.link.send(deadline, chosen.route, request, self.flush) {
-                Ok(receiver) => return Ok(Started { receiver, link: chosen.link }),
-                Err(Unsent::WindowFull) => {
-                    let room = chosen.link.wait_for_room(deadline);
-                    if self.within(deadline, room).await.is_none()
-                        && self.pool.timer.clock.now() >= deadline
-                    {
-                        let what = "the server took no more requests before the deadline";
-                        return Err(Error::not_started(Status::BUSY, what));
-                    }
-                }
-                Err(Unsent::TooBig { limit }) => {
-                    return Err(Error::Refused {
-                        status: Status::TOO_BIG,
-                        detail: limit,
-                        message: "request".to_owned(),
-                    });
-                }
-                // The next choice leaves it out.
-                Err(Unsent::Closing | Unsent::NotOpen) => {}
-            }
-        }
-    }
-}
-
-/// A request that was sent. Holds on to its connection, which would end when it is replaced by
-/// another one in its slot.
-struct Started {
-    receiver: oneshot::Receiver<link::Outcome>,
-    link: Arc<link::Link>,
-}
-
-impl Started {
-    async fn outcome(self) -> std::result::Result<link::Outcome, oneshot::Canceled> {
-        let outcome = self.receiver.await;
-        drop(self.link);
-        outcome
+        let ask = Ask { token, request, effect, kind, deadline };
+        self.settle(&ask, Tries::default()).await
     }
 }
 

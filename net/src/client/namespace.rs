@@ -7,20 +7,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use annulus_engine::model::{NamespaceId, Record, Token, TokenRange};
-use futures_channel::oneshot;
 
-use super::link::{self, Answer, Ended};
+use super::health::Kind;
+use super::link::Answer;
+use super::race::{Ask, Tries};
 use super::types::{
     BatchAnswer, BatchOperation, Error, Read, ReadOptions, Result, Sibling, WriteOptions, Written,
 };
 use super::{Client, Effect};
-use crate::wire::fields::{OnceId, Ttl};
+use crate::wire::fields::{Condition, OnceId, Ttl};
 use crate::wire::hello::{FEATURE_ONCE, Mode};
 use crate::wire::operation::{self, Delete, Get, Operation, Put};
 use crate::wire::request::Outgoing;
 use crate::wire::response::{PageRef, ReadReply, decode_batch, decode_failure, decode_write};
 use crate::wire::scan::Scan;
 use crate::wire::status::{Class, Status};
+
+/// Writes of so many bytes take the time that their bytes take.
+const LONG_SIZE_MIN: usize = 32 << 10;
 
 /// Reconciles concurrent values of a key into one.
 pub type Resolver = Arc<dyn Fn(&[Sibling]) -> Vec<u8> + Send + Sync>;
@@ -96,8 +100,8 @@ impl Namespace {
     pub async fn read(&self, key: &[u8], options: &ReadOptions) -> Result<Read> {
         let get = self.get_operation(key, options)?;
         let request = Outgoing::Operation(get);
-        let answer =
-            self.client.call(Some(get.token()), &request, Effect::None, options.timeout).await?;
+        let (token, timeout) = (Some(get.token()), options.timeout);
+        let answer = self.client.call(token, Kind::Read, &request, Effect::None, timeout).await?;
         read_of(&answer.body)
     }
 
@@ -143,7 +147,8 @@ impl Namespace {
     }
 
     /// Several operations, each with its own result, in order. They are split by where their keys
-    /// live; nothing is promised across keys. A part that may have happened is not sent again.
+    /// live; nothing is promised across keys. A part with writes that may have happened is not sent
+    /// again.
     ///
     /// # Errors
     /// None as a whole: each operation has its own.
@@ -155,20 +160,29 @@ impl Namespace {
         let deadline = self.client.deadline(timeout);
         let mut results: Vec<Option<Result<BatchAnswer>>> = Vec::new();
         results.resize_with(operations.len(), || None);
+        let parts: Vec<(Vec<usize>, Vec<Operation<'_>>)> = self
+            .split(operations, &mut results)
+            .into_iter()
+            .map(Vec::into_iter)
+            .map(Iterator::unzip)
+            .collect();
+        let requests: Vec<Outgoing<'_>> =
+            parts.iter().map(|(_, wire)| Outgoing::Batch(wire)).collect();
         let mut sent = Vec::new();
-        for part in self.split(operations, &mut results) {
-            let wire: Vec<Operation<'_>> = part.iter().map(|&(_, operation)| operation).collect();
-            let request = Outgoing::Batch(&wire);
+        for ((_, wire), request) in parts.iter().zip(&requests) {
+            let only_reads = wire.iter().all(|operation| matches!(operation, Operation::Get(_)));
+            let effect = if only_reads { Effect::None } else { Effect::Again };
             let token = wire.first().map(Operation::token);
-            let outcome = self.client.start(token, &request, deadline, 0).await;
-            sent.push((part, outcome));
+            let ask = Ask { token, request, effect, kind: Kind::Long, deadline };
+            let tries = Tries::begin(&self.client, &ask).await;
+            sent.push((ask, tries));
         }
-        for (part, outcome) in sent {
-            let answer = match outcome {
-                Ok(started) => batch_outcome(started.outcome().await),
+        for ((indexes, wire), (ask, tries)) in parts.iter().zip(sent) {
+            let answer = match tries {
+                Ok(tries) => self.client.settle(&ask, tries).await,
                 Err(error) => Err(error),
             };
-            fill_results(&part, answer, &mut results);
+            fill_results(indexes, wire, answer, &mut results);
         }
         let missing = || Err(Error::Protocol { what: "an operation has no result".to_owned() });
         results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
@@ -193,9 +207,21 @@ impl Namespace {
         once: Option<OnceId>,
         timeout: Option<Duration>,
     ) -> Result<Written> {
-        let effect = if once.is_some() { Effect::Once } else { Effect::Again };
+        let condition = match &operation {
+            Operation::Put(put) => put.options.condition,
+            Operation::Delete(delete) => delete.options.condition,
+            Operation::Get(_) => Condition::Always,
+        };
+        let effect = match condition {
+            _ if once.is_some() => Effect::Once,
+            Condition::IfVersion(version) => Effect::Versioned(version),
+            // What is absent can have come and gone in between.
+            Condition::IfAbsent | Condition::Always => Effect::Again,
+        };
+        let kind = if operation.size() > LONG_SIZE_MIN { Kind::Long } else { Kind::Write };
         let request = Outgoing::Operation(operation);
-        let answer = self.client.call(Some(operation.token()), &request, effect, timeout).await?;
+        let token = Some(operation.token());
+        let answer = self.client.call(token, kind, &request, effect, timeout).await?;
         written_of(answer.status, &answer.body)
     }
 
@@ -309,30 +335,17 @@ impl Namespace {
     }
 }
 
-fn batch_outcome(outcome: std::result::Result<link::Outcome, oneshot::Canceled>) -> Result<Answer> {
-    match outcome {
-        Ok(Ok(answer)) if answer.status == Status::OK => Ok(answer),
-        Ok(Ok(answer)) => Err(decode_failure(answer.status, &answer.body).map_or_else(
-            |malformed| Error::may_be_applied(malformed.0),
-            |failure| Error::of(&failure),
-        )),
-        Ok(Err(Ended::TimedOut)) => Err(Error::may_be_applied("no answer before the deadline")),
-        Ok(Err(Ended::Lost)) | Err(oneshot::Canceled) => {
-            Err(Error::may_be_applied("the connection was lost before the answer"))
-        }
-    }
-}
-
 /// Distributes the answer to one part of a batch.
 fn fill_results(
-    part: &[(usize, Operation<'_>)],
+    indexes: &[usize],
+    operations: &[Operation<'_>],
     answer: Result<Answer>,
     results: &mut [Option<Result<BatchAnswer>>],
 ) {
     let answer = match answer {
         Ok(answer) => answer,
         Err(error) => {
-            for &(index, _) in part {
+            for &index in indexes {
                 results[index] = Some(Err(error.clone()));
             }
             return;
@@ -340,7 +353,8 @@ fn fill_results(
     };
     // What is malformed leaves its operations without a result, which the caller reports.
     let _ = decode_batch(&answer.body, &mut |result| {
-        if let Some(&(index, operation)) = part.get(result.index as usize) {
+        let at = result.index as usize;
+        if let (Some(&index), Some(operation)) = (indexes.get(at), operations.get(at)) {
             let answered = result.status.class() == Class::Answered;
             let outcome = match operation {
                 _ if !answered => Err(decode_failure(result.status, result.body).map_or_else(
@@ -400,8 +414,8 @@ impl Scanner {
             };
             let client = &self.namespace.client;
             let request = Outgoing::Scan(scan);
-            let answer =
-                client.call(Some(*first), &request, Effect::None, self.options.timeout).await?;
+            let (token, timeout) = (Some(*first), self.options.timeout);
+            let answer = client.call(token, Kind::Long, &request, Effect::None, timeout).await?;
             let page = PageRef::decode(&answer.body, self.namespace.id).map_err(broken)?;
             let records: Vec<Record> =
                 page.records.iter().map(|record| record.to_owned()).collect();

@@ -1,5 +1,5 @@
-//! Which connection a request takes: the partition map, one slot per (node, shard), and how
-//! connections come about.
+//! What the clones of a client share: the partition map, one slot per (node, shard), and how
+//! connections come about. Which of them a request takes is in `nodes.rs`.
 //!
 //! Invariants: at most one connection is being made per slot, and one introduction at a time, so
 //! that a node that comes back is not stormed; a request never waits for a particular shard's
@@ -11,13 +11,16 @@
 )]
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::Duration;
 
-use annulus_engine::model::{Instant, NamespaceId, OriginId, PartitionId, Token};
+use annulus_engine::model::{Instant, NamespaceId, OriginId};
 use futures_channel::oneshot;
 
+use super::hedge::Hedge;
 use super::link::Link;
+use super::nodes::Watched;
 use super::retry::Retry;
 use super::timer::Timer;
 use super::types::{ClientOptions, Error, Result};
@@ -30,18 +33,27 @@ pub(crate) struct Pool {
     pub(crate) timer: Timer,
     state: Mutex<State>,
     retry: Mutex<Retry>,
+    /// There is more than one node: they are watched, and stand in for one another.
+    many: AtomicBool,
     /// Drawn once; with a count it makes once-ids.
     pub(crate) client_id: u64,
     /// For the closures of links and the threads that connect.
     this: Weak<Pool>,
 }
 
-#[derive(Default)]
-struct State {
-    welcome: Option<Arc<Welcome>>,
-    rows: Vec<Row>,
-    addresses: BTreeMap<OriginId, String>,
-    slots: BTreeMap<(OriginId, u32), Slot>,
+pub(super) struct State {
+    pub(super) welcome: Option<Arc<Welcome>>,
+    pub(super) rows: Vec<Row>,
+    pub(super) addresses: BTreeMap<OriginId, String>,
+    pub(super) slots: BTreeMap<(OriginId, u32), Slot>,
+    pub(super) watched: BTreeMap<OriginId, Watched>,
+    pub(super) hedge: Hedge,
+    /// Requests that had no home to go to.
+    pub(super) turn: usize,
+    /// Every node that is known has been connected to, or this is under way.
+    pub(super) is_spread: bool,
+    /// No new introduction because of an unknown node before.
+    pub(super) next_refresh: Instant,
     /// Those who wait for an introduction that is being made.
     introducing: Option<Vec<oneshot::Sender<Result<()>>>>,
     once_number: u64,
@@ -49,23 +61,17 @@ struct State {
 
 /// Where a partition lives.
 #[derive(Clone)]
-struct Row {
-    version: u64,
-    replicas: Arc<[Replica]>,
+pub(super) struct Row {
+    pub(super) version: u64,
+    pub(super) replicas: Arc<[Replica]>,
 }
 
 #[derive(Default)]
-struct Slot {
-    link: Option<Arc<Link>>,
-    connecting: bool,
+pub(super) struct Slot {
+    pub(super) link: Option<Arc<Link>>,
+    pub(super) connecting: bool,
     failures: u32,
-    not_before: Instant,
-}
-
-/// A connection for a request, and the hint to send with it.
-pub(crate) struct Chosen {
-    pub(crate) link: Arc<Link>,
-    pub(crate) route: u8,
+    pub(super) not_before: Instant,
 }
 
 impl Pool {
@@ -73,17 +79,38 @@ impl Pool {
         let mut retry =
             Retry::new(options.retry_percent, options.backoff, options.backoff_max, seed);
         let client_id = retry.random();
-        Arc::new_cyclic(|this| Pool {
+        let pool = Arc::new_cyclic(|this| Pool {
+            state: Mutex::new(State {
+                welcome: None,
+                rows: Vec::new(),
+                addresses: BTreeMap::new(),
+                slots: BTreeMap::new(),
+                watched: BTreeMap::new(),
+                hedge: Hedge::new(options.hedge_percent, options.hedge_after_min),
+                turn: 0,
+                is_spread: false,
+                next_refresh: Instant(0),
+                introducing: None,
+                once_number: 0,
+            }),
             options,
             timer,
-            state: Mutex::default(),
             retry: Mutex::new(retry),
+            many: AtomicBool::new(false),
             client_id,
             this: this.clone(),
-        })
+        });
+        let weak = Arc::downgrade(&pool);
+        pool.timer.register(weak);
+        pool
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    /// Whether there is more than one node.
+    pub(crate) fn is_many(&self) -> bool {
+        self.many.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -110,40 +137,6 @@ impl Pool {
         Some((fact.id, fact.mode))
     }
 
-    /// The best connection there is for a token; `None` when there is none at all. Starts to
-    /// connect to a better one in the background. `attempt` turns to further replicas.
-    pub(crate) fn choose(&self, token: Option<Token>, attempt: u32) -> Option<Chosen> {
-        let now = self.timer.clock.now();
-        let mut state = self.lock();
-        let row = token.and_then(|token| {
-            let bits = u32::from(state.welcome.as_ref()?.partition_bits);
-            let PartitionId(partition) = token.partition(bits);
-            state.rows.get(partition as usize).cloned()
-        });
-        let Some(row) = row.filter(|row| !row.replicas.is_empty()) else {
-            return state.any(None).map(|link| Chosen { link, route: 0 });
-        };
-        let index = attempt as usize % row.replicas.len();
-        let wanted = row.replicas[index];
-        // Four bits of each, as the header has it.
-        let route = u8::try_from((index as u64 & 15) | (row.version & 15) << 4).unwrap_or(0);
-        let slot = state.slots.entry((wanted.node, wanted.shard)).or_default();
-        if let Some(link) = slot.link.as_ref().filter(|link| link.is_usable()) {
-            return Some(Chosen { link: Arc::clone(link), route });
-        }
-        slot.link = None;
-        if !slot.connecting && slot.not_before <= now {
-            // Set first: the thread clears it, and may be quicker than this one.
-            slot.connecting = true;
-            if !self.connect_slot(wanted, &state.addresses)
-                && let Some(slot) = state.slots.get_mut(&(wanted.node, wanted.shard))
-            {
-                slot.connecting = false;
-            }
-        }
-        state.any(Some(wanted.node)).map(|link| Chosen { link, route })
-    }
-
     /// Waits for an introduction: a connection to any node, with all facts. Starts one if none
     /// is being made.
     pub(crate) fn introduce(&self) -> oneshot::Receiver<Result<()>> {
@@ -162,13 +155,12 @@ impl Pool {
         }
         drop(state);
         let this = self.this.clone();
-        let spawned =
-            std::thread::Builder::new().name("annulus-connect".to_owned()).spawn(move || {
-                if let Some(pool) = this.upgrade() {
-                    let outcome = pool.introduce_by(&addresses);
-                    pool.introduced(&outcome);
-                }
-            });
+        let spawned = spawn_connect(move || {
+            if let Some(pool) = this.upgrade() {
+                let outcome = pool.introduce_by(&addresses);
+                pool.introduced(&outcome);
+            }
+        });
         if let Err(error) = spawned {
             self.introduced(&Err(Error::Unreachable { what: error.to_string() }));
         }
@@ -182,19 +174,37 @@ impl Pool {
         }
     }
 
-    /// Tries the addresses in turn.
+    /// Tries the addresses in turn; the next one also when the one before takes long.
     fn introduce_by(&self, addresses: &[String]) -> Result<()> {
         let mut last = Error::Unreachable { what: "no address is given".to_owned() };
-        for address in addresses {
-            match self.connect(address, ANY_SHARD, want::ALL) {
-                Ok(link) => {
-                    self.install(link, Some(address));
+        let (tell, told) = mpsc::channel();
+        let (mut rest, mut under_way) = (addresses.iter(), 0);
+        loop {
+            if let Some(address) = rest.next().cloned() {
+                let (this, tell) = (self.this.clone(), tell.clone());
+                let spawned = spawn_connect(move || {
+                    let Some(pool) = this.upgrade() else { return };
+                    let link = pool.connect(&address, ANY_SHARD, want::ALL);
+                    // Another one may have been quicker: then this one ends here.
+                    let _ = tell.send((address, link));
+                });
+                match spawned {
+                    Ok(()) => under_way += 1,
+                    Err(error) => last = Error::Unreachable { what: error.to_string() },
+                }
+            } else if under_way == 0 {
+                return Err(last);
+            }
+            let patience = self.options.connect_timeout / if rest.len() > 0 { 4 } else { 1 };
+            match told.recv_timeout(patience) {
+                Ok((address, Ok(link))) => {
+                    self.install(link, Some(&address));
                     return Ok(());
                 }
-                Err(error) => last = error,
+                Ok((_, Err(error))) => (last, under_way) = (error, under_way - 1),
+                Err(_) => {}
             }
         }
-        Err(last)
     }
 
     fn connect(&self, address: &str, shard: u32, wants: u32) -> Result<Link> {
@@ -216,6 +226,7 @@ impl Pool {
     fn install(&self, link: Link, introduced_by: Option<&str>) {
         let link = Arc::new(link);
         let welcome = Arc::clone(&link.welcome);
+        let now = self.timer.clock.now();
         let mut state = self.lock();
         let slot = state.slots.entry((welcome.node, welcome.shard)).or_default();
         // An introduction and a connection to the shard may have crossed: the first one stays.
@@ -226,11 +237,15 @@ impl Pool {
         if introduced_by.is_none() {
             slot.connecting = false;
         }
+        state.watch(welcome.node, now, &self.options).health.probe_answered(now);
         let Some(address) = introduced_by else { return };
-        state.addresses =
-            welcome.nodes.iter().map(|node| (node.id, node.address.clone())).collect();
+        for node in &welcome.nodes {
+            state.addresses.insert(node.id, node.address.clone());
+        }
         // The address that worked is better than the one that the node has of itself.
         state.addresses.insert(welcome.node, address.to_owned());
+        self.many.store(state.addresses.len() > 1, Ordering::Relaxed);
+        state.is_spread = false;
         state.rows = welcome
             .runs
             .iter()
@@ -243,6 +258,25 @@ impl Pool {
         state.welcome = Some(welcome);
     }
 
+    /// Connects, in the background, to addresses that the caller gave and no server named, to
+    /// learn whose they are.
+    pub(super) fn meet(&self, addresses: Vec<String>) {
+        let this = self.this.clone();
+        let meet = move || {
+            for address in addresses {
+                let Some(pool) = this.upgrade() else { return };
+                let Ok(link) = pool.connect(&address, ANY_SHARD, 0) else { continue };
+                let node = link.welcome.node;
+                pool.install(link, None);
+                let mut state = pool.lock();
+                state.addresses.entry(node).or_insert(address);
+                pool.many.store(state.addresses.len() > 1, Ordering::Relaxed);
+            }
+        };
+        // Without a thread these nodes stay unknown until the next introduction.
+        let _ = spawn_connect(meet);
+    }
+
     /// Takes a newer row of the map.
     fn learn(&self, route: Route) {
         let mut state = self.lock();
@@ -253,19 +287,24 @@ impl Pool {
         }
     }
 
-    /// Starts to connect to a shard in the background. Whether it did.
-    fn connect_slot(&self, wanted: Replica, addresses: &BTreeMap<OriginId, String>) -> bool {
-        let Some(address) = addresses.get(&wanted.node).cloned() else { return false };
+    /// Starts to connect to a shard in the background, unless that is under way or too soon.
+    pub(super) fn connect_slot(&self, state: &mut State, wanted: Replica, now: Instant) -> bool {
+        let Some(address) = state.addresses.get(&wanted.node).cloned() else { return false };
+        let slot = state.slots.entry((wanted.node, wanted.shard)).or_default();
+        if slot.connecting || now < slot.not_before {
+            return slot.connecting;
+        }
         let this = self.this.clone();
-        let spawned =
-            std::thread::Builder::new().name("annulus-connect".to_owned()).spawn(move || {
-                let Some(pool) = this.upgrade() else { return };
-                match pool.connect(&address, wanted.shard, 0) {
-                    Ok(link) => pool.install(link, None),
-                    Err(_) => pool.connect_failed(wanted),
-                }
-            });
-        spawned.is_ok()
+        let spawned = spawn_connect(move || {
+            let Some(pool) = this.upgrade() else { return };
+            match pool.connect(&address, wanted.shard, 0) {
+                Ok(link) => pool.install(link, None),
+                Err(_) => pool.connect_failed(wanted),
+            }
+        });
+        // The thread waits for the lock before it clears this.
+        slot.connecting = spawned.is_ok();
+        slot.connecting
     }
 
     /// Waits longer each time, with jitter, before the slot is tried again.
@@ -279,18 +318,13 @@ impl Pool {
         slot.failures += 1;
         let nanos = u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX);
         slot.not_before = now.after_nanos(random % nanos.max(1));
+        if self.is_many() {
+            state.watch(wanted.node, now, &self.options).health.probe_failed(now, random);
+            self.timer.wake();
+        }
     }
 }
 
-impl State {
-    /// A usable connection: of this node if possible.
-    fn any(&self, node: Option<OriginId>) -> Option<Arc<Link>> {
-        let usable = |slot: &Slot| slot.link.clone().filter(|link| link.is_usable());
-        let of_node = self
-            .slots
-            .iter()
-            .filter(|((id, _), _)| Some(*id) == node)
-            .find_map(|(_, slot)| usable(slot));
-        of_node.or_else(|| self.slots.values().find_map(usable))
-    }
+fn spawn_connect(run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name("annulus-connect".to_owned()).spawn(run).map(drop)
 }

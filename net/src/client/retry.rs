@@ -39,6 +39,18 @@ impl Retry {
         self.units = (self.units + self.earned_per_success).min(BURST * RETRY_COST);
     }
 
+    /// Takes one retry from the budget that is made at once, elsewhere; false when it is spent.
+    pub(crate) fn take(&mut self) -> bool {
+        let left = self.units.checked_sub(RETRY_COST);
+        self.units = left.unwrap_or(self.units);
+        left.is_some()
+    }
+
+    /// The same for one that is not needed, and leaves half of the burst to those that are.
+    pub(crate) fn take_spare(&mut self) -> bool {
+        self.units >= (BURST / 2 + 1) * RETRY_COST && self.take()
+    }
+
     /// Takes one retry from the budget, and says how long to wait before it; `None` when the
     /// budget is spent. `attempt` counts from 0.
     pub(crate) fn next(&mut self, attempt: u32, at_least: Duration) -> Option<Duration> {
@@ -80,6 +92,14 @@ mod tests {
         }
         let more = (0..100).filter(|_| retry.next(0, Duration::ZERO).is_some()).count();
         assert_eq!(more, 9);
+    }
+
+    #[test]
+    fn what_is_not_needed_leaves_half_of_the_burst() {
+        let mut retry = retry(1);
+        assert_eq!((0..100).filter(|_| retry.take_spare()).count() as u64, BURST - BURST / 2);
+        assert_eq!((0..100).filter(|_| retry.take()).count() as u64, BURST / 2);
+        assert!(retry.next(0, Duration::ZERO).is_none());
     }
 
     #[test]

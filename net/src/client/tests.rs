@@ -3,6 +3,8 @@
 
 #![expect(clippy::disallowed_types, reason = "threads of the test share the store")]
 
+mod failover;
+
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -16,6 +18,7 @@ use crate::server_connection::tests::{facts, version};
 use crate::server_connection::{
     MemoryBudget, Received, Replies, ServerConnection, ServerFacts, Ticket,
 };
+use crate::wire::Class;
 use crate::wire::fields::{Condition, Version};
 use crate::wire::frame::Opcode;
 use crate::wire::hello::{FEATURE_ONCE, Mode, NamespaceFact};
@@ -29,7 +32,11 @@ type Values = BTreeMap<(Token, Vec<u8>), Vec<Vec<u8>>>;
 /// What the connections of one fake server share.
 #[derive(Default)]
 struct Store {
-    values: Mutex<Values>,
+    values: Arc<Mutex<Values>>,
+    /// Whoever holds it pauses the server.
+    pause: Mutex<()>,
+    /// Whoever holds it makes it answer nothing that has a key.
+    pause_keys: Mutex<()>,
     /// Shard that served a key last.
     served_by: Mutex<BTreeMap<Vec<u8>, u32>>,
     requests: AtomicU64,
@@ -39,6 +46,14 @@ struct Store {
     busy_pause_ms: AtomicU32,
     /// Close the connection at the next keyed request, without an answer.
     hang_up: AtomicBool,
+    /// The same, after the request was carried out.
+    apply_and_hang_up: AtomicBool,
+    /// Judge conditions as if nothing had been written since the first version.
+    is_behind: AtomicBool,
+    /// Close connections as they come.
+    refuse: AtomicBool,
+    /// Connections that were made.
+    sockets: Mutex<Vec<TcpStream>>,
     /// Say goodbye to all connections at their next request.
     drain: AtomicBool,
 }
@@ -55,14 +70,28 @@ impl FakeServer {
 
     fn with(mut facts: ServerFacts) -> FakeServer {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        facts.welcome.nodes[0].address = listener.local_addr().unwrap().to_string();
+        FakeServer::listen(&listener, facts, Store::default())
+    }
+
+    fn listen(listener: &TcpListener, facts: ServerFacts, store: Store) -> FakeServer {
         let address = listener.local_addr().unwrap().to_string();
-        facts.welcome.nodes[0].address.clone_from(&address);
-        let store = Arc::new(Store::default());
+        let listener = listener.try_clone().unwrap();
+        let store = Arc::new(store);
         let shared = Arc::clone(&store);
         std::thread::spawn(move || {
             for socket in listener.incoming() {
                 let (facts, store) = (facts.clone(), Arc::clone(&shared));
-                std::thread::spawn(move || serve(&socket.unwrap(), facts, &store));
+                let socket = socket.unwrap();
+                if store.refuse.load(Ordering::SeqCst) {
+                    continue;
+                }
+                store.sockets.lock().unwrap().push(socket.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    serve(&socket, facts, &store);
+                    // Also for the copy above.
+                    let _ = socket.shutdown(std::net::Shutdown::Both);
+                });
             }
         });
         FakeServer { address, store }
@@ -98,6 +127,7 @@ fn serve(mut socket: &TcpStream, mut facts: ServerFacts, store: &Store) {
                 _ => return,
             },
         };
+        drop(store.pause.lock().unwrap());
         let mut hang_up = false;
         let shard = facts.welcome.shard;
         let outcome = connection.receive(
@@ -157,6 +187,9 @@ fn handle(
         replies.failure(ticket, &Failure::new(Status::BUSY, "as told").retry_after(pause));
         return true;
     }
+    if keyed {
+        drop(store.pause_keys.lock().unwrap());
+    }
     let mut values = store.values.lock().unwrap();
     match *request {
         Request::Get(get) if get.key == b"never" => {}
@@ -179,7 +212,10 @@ fn handle(
         Request::Put(put) => {
             note(put.key);
             let siblings = values.entry((put.token, put.key.to_vec())).or_default();
-            let live = siblings.first().map_or(Version::default(), |v| version(v.len() as u64));
+            let mut live = siblings.first().map_or(Version::default(), |v| version(v.len() as u64));
+            if store.is_behind.load(Ordering::SeqCst) {
+                live = version(1);
+            }
             let holds = match put.options.condition {
                 Condition::Always => true,
                 Condition::IfAbsent => siblings.is_empty(),
@@ -276,7 +312,7 @@ fn handle(
         }
         Request::Hello(_) | Request::Ping(_) => unreachable!("answered by the connection"),
     }
-    true
+    !(keyed && store.apply_and_hang_up.swap(false, Ordering::SeqCst))
 }
 
 #[test]
@@ -545,23 +581,6 @@ fn a_draining_server_is_left_without_an_error() {
     for i in 0..20u8 {
         space.put(&[i], b"v").unwrap();
     }
-}
-
-#[test]
-fn nobody_there_is_unreachable() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    drop(listener);
-    let error = BlockingClient::connect(ClientOptions::new([address])).err().unwrap();
-    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
-}
-
-#[test]
-fn the_second_address_is_used_when_the_first_is_dead() {
-    let server = FakeServer::start();
-    let addresses = ["127.0.0.1:1".to_owned(), server.address.clone()];
-    let client = BlockingClient::connect(ClientOptions::new(addresses)).unwrap();
-    client.ping().unwrap();
 }
 
 #[test]

@@ -17,6 +17,8 @@ use futures_channel::oneshot;
 
 /// How late a deadline may be noticed.
 const TICK: Duration = Duration::from_millis(5);
+/// Alarms ring at multiples of it, in nanoseconds: so the thread wakes once for many of them.
+const ALARM_STEP: u64 = 1_000_000;
 
 /// Monotonic time since the client began.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +73,8 @@ struct State {
     ticked: Vec<Weak<dyn Ticked>>,
     /// The thread ticks; otherwise it sleeps until told.
     ticking: bool,
+    /// It begins to tick then by itself.
+    tick_at: Option<Instant>,
     stop: bool,
 }
 
@@ -113,6 +117,21 @@ impl Timer {
         receiver
     }
 
+    /// Completes soon after the time has come: cheaper than [`Timer::wait_until`] for waits that
+    /// mostly end before.
+    pub(crate) fn alarm(&self, when: Instant) -> oneshot::Receiver<()> {
+        self.wait_until(Instant(when.0.div_ceil(ALARM_STEP).saturating_mul(ALARM_STEP)))
+    }
+
+    /// Makes sure that the thread ticks at that time.
+    pub(crate) fn tick_at(&self, when: Instant) {
+        let mut state = self.shared.lock();
+        if state.tick_at.is_none_or(|at| when < at) {
+            state.tick_at = Some(when);
+            self.shared.changed.notify_all();
+        }
+    }
+
     /// Ticks this from now on, while it wants to.
     pub(crate) fn register(&self, ticked: Weak<dyn Ticked>) {
         self.shared.lock().ticked.push(ticked);
@@ -138,6 +157,10 @@ fn run(shared: &Shared, clock: Clock) {
             // Nobody may be waiting any more.
             let _ = entry.remove().send(());
         }
+        if state.tick_at.is_some_and(|at| at <= now) {
+            state.tick_at = None;
+            state.ticking = true;
+        }
         if state.ticking {
             let ticked: Vec<_> = state.ticked.iter().filter_map(Weak::upgrade).collect();
             state.ticked.retain(|weak| weak.strong_count() > 0);
@@ -152,7 +175,8 @@ fn run(shared: &Shared, clock: Clock) {
             state = shared.lock();
             state.ticking |= waiting;
         }
-        let next = state.waits.keys().next().map(|&(when, _)| when);
+        let next_wait = state.waits.keys().next().map(|&(when, _)| when);
+        let next = next_wait.into_iter().chain(state.tick_at).min();
         let until_next = next.map(|when| Duration::from_nanos(when.nanos_since(clock.now())));
         let wait = if state.ticking {
             Some(until_next.map_or(TICK, |wait| wait.min(TICK)))
@@ -183,6 +207,30 @@ mod tests {
         block_on(soon).unwrap();
         block_on(late).unwrap();
         assert!(timer.clock.now().nanos_since(start) >= 18_000_000);
+    }
+
+    #[test]
+    fn it_begins_to_tick_at_the_time_asked_for_and_alarms_are_never_early() {
+        struct Tell(Mutex<Option<oneshot::Sender<Instant>>>);
+        impl Ticked for Tell {
+            fn tick(&self, now: Instant) -> bool {
+                // Ticked once more by nothing.
+                let _ = self.0.lock().unwrap().take().map(|tell| tell.send(now));
+                false
+            }
+        }
+        let timer = Timer::start().unwrap();
+        let (tell, told) = oneshot::channel();
+        let tell = Arc::new(Tell(Mutex::new(Some(tell))));
+        let weak = Arc::downgrade(&tell);
+        timer.register(weak);
+        let when = timer.clock.after(Duration::from_millis(3));
+        timer.tick_at(timer.clock.after(Duration::from_secs(3600)));
+        timer.tick_at(when);
+        assert!(block_on(told).unwrap() >= when);
+        let when = timer.clock.after(Duration::from_micros(1_300));
+        block_on(timer.alarm(when)).unwrap();
+        assert!(timer.clock.now() >= when);
     }
 
     #[test]

@@ -15,7 +15,8 @@ use crate::wire::status::{Class, Status};
 /// How a client connects and behaves.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
-    /// `host:port` of any nodes; the first that answers introduces the others.
+    /// `host:port` of any nodes; the first that answers introduces the others. Each next one is
+    /// tried when those before have not answered for a quarter of `connect_timeout`.
     pub addresses: Vec<String>,
     /// Time for an operation, retries included, unless the operation says otherwise. Default 1 s.
     pub timeout: Duration,
@@ -27,8 +28,17 @@ pub struct ClientOptions {
     pub cluster: u128,
     /// Seed of back-off and ids; `None` draws one.
     pub seed: Option<u64>,
-    /// Retries allowed, in percent of successes. Default 10.
+    /// Retries allowed, hedges included, in percent of successes. Default 10.
     pub retry_percent: u32,
+    /// Reads that may be sent once more to another node because they are late, in percent of
+    /// reads. Default 5; 0 turns such hedges off.
+    pub hedge_percent: u32,
+    /// No read counts as late before. Above, it is late when it has taken longer than about 97 of
+    /// 100 recent ones. Default 1 ms.
+    pub hedge_after_min: Duration,
+    /// No node is suspected before an answer has been outstanding for so long. Above, it is when
+    /// it takes more than eight times as long as usual. Default 50 ms.
+    pub suspect_after_min: Duration,
     /// First back-off; doubles with each retry, with full jitter. Default 5 ms.
     pub backoff: Duration,
     /// Longest back-off. Default 500 ms.
@@ -45,6 +55,9 @@ impl Default for ClientOptions {
             cluster: 0,
             seed: None,
             retry_percent: 10,
+            hedge_percent: 5,
+            hedge_after_min: Duration::from_millis(1),
+            suspect_after_min: Duration::from_millis(50),
             backoff: Duration::from_millis(5),
             backoff_max: Duration::from_millis(500),
         }

@@ -186,8 +186,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
             // With new data refused, what deletes and overwrites leave behind is all the room
             // there will be: bring every upper table down, where tombstones end.
+            if let Ok(space) = state.disk.space(&state.dir).await {
+                state.space.update(space);
+            }
+            state.compactor.set_room(state.space.room(state.options.memtable_size as u64));
             let mode = match (state.space.level() >= SpaceLevel::RefuseData, idle) {
-                (true, _) => Mode::Drain,
+                (true, _) => Mode::Relieve,
                 (false, true) => Mode::Idle,
                 (false, false) => Mode::Busy,
             };

@@ -88,7 +88,8 @@ pub(crate) enum Command {
         annulus repair --scrub\n\nExit code of --status: 0 when all replicas agree as far as \
         the node knows, else 1.")]
     Repair(RepairArguments),
-    /// Print a log segment, table, manifest, identity or namespaces file, or a directory of them.
+    /// Print a log segment, table, manifest, identity, namespaces or registers file, or a directory
+    /// of them.
     #[command(
         after_help = "Examples:\n  annulus inspect annulus-data/shard-000/IDENTITY\n  annulus \
         inspect annulus-data --verify\n  annulus inspect annulus-data --records --json\n\nReads \

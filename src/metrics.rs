@@ -109,6 +109,10 @@ numbers! {
     cache_misses;
     /// Blocks or records that failed their checksum.
     corruptions;
+    /// Damaged parts of the commit log that this start was told to give up.
+    log_losses;
+    /// Records in them, as far as anything says how many.
+    log_records_lost;
     /// Messages of other nodes' shards.
     peer_messages;
     /// Messages and records of other nodes that were refused.
@@ -131,9 +135,9 @@ numbers! {
     repair_keys_differing;
     /// Bytes of messages of comparisons, both ways; records not among them.
     repair_bytes;
-    /// Bytes of records read to compare and to check them.
+    /// Bytes read to compare and to check.
     repair_read_bytes;
-    /// Leaves of trees read only to check them.
+    /// Leaves of trees, or pieces of tables, read only to check them.
     scrubbed_leaves;
     /// Scans of comparisons and scrubbing that met damage.
     scrub_damaged;

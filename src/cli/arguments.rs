@@ -156,6 +156,13 @@ pub(crate) struct ServeArguments {
     /// Configuration file (TOML); its keys are the names of the options below.
     #[arg(long, env = "ANNULUS_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// For this start: go on without records of the commit log that were acknowledged and cannot
+    /// be read. Without it such a start is refused and names them. What can be read is kept, what
+    /// cannot is logged and counted, and the damaged files stay as log/*.log.damaged.
+    /// A node alone may then show an older value of a key; a member of a cluster answers nothing
+    /// for its share until the others have refilled it.
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     #[command(flatten)]
     pub(crate) flags: Flags,
 }

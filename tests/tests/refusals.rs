@@ -315,6 +315,52 @@ fn a_damaged_log_is_refused_where_it_would_lose_what_was_acknowledged() {
 }
 
 #[test]
+fn what_a_damaged_log_still_holds_is_kept_once_the_loss_is_accepted() {
+    let dir = scratch();
+    let setup = setup(&dir).with("memtable-size", "8MiB");
+    let server = setup.start();
+    fill(&server.namespace(), 0..KEYS);
+    let setup = server.kill_nine();
+    let logs = files(&setup.data_dir().join("shard-000/log"), "log");
+    let first = &logs[0];
+    flip(first, 64 << 10);
+    let damaged = fs::read(first).unwrap();
+    let name = first.file_name().unwrap().to_str().unwrap();
+    let refusal = setup.refusal();
+    refused(&refusal, &[name, "offset", "may be lost: records", "bytes", "--accept-loss"]);
+    let server = setup.clone().accepting_loss().start();
+    let keys = server.namespace();
+    let count = |keys: &BlockingNamespace| {
+        let found = (0..KEYS).filter(|number| match keys.get(&number.to_le_bytes()).unwrap() {
+            Some(value) => {
+                assert!(value == value_of(*number), "{number}");
+                true
+            }
+            None => false,
+        });
+        found.count() as u64
+    };
+    let kept = count(&keys);
+    let stats = server.stats();
+    let number = |name: &str| stats["counters"][name].as_u64().unwrap();
+    assert_eq!((number("log_losses"), number("log_records_lost")), (1, KEYS - kept));
+    assert!((KEYS - 200..KEYS).contains(&kept), "{kept} kept");
+    let said = server.stderr();
+    assert!(said.contains("is given up") && said.contains(name), "{said}");
+    let aside = setup.data_dir().join(format!("shard-000/log/{name}.damaged"));
+    assert!(fs::read(&aside).unwrap() == damaged, "the damaged bytes are kept");
+    // No later start needs the flag, however this one ends.
+    let _ = server.kill_nine();
+    let server = setup.start();
+    assert_eq!(count(&server.namespace()), kept);
+    fill(&server.namespace(), 0..KEYS);
+    check(&server.namespace(), 0..KEYS);
+    let _ = server.terminate();
+    check(&setup.start().namespace(), 0..KEYS);
+    assert!(fs::read(&aside).unwrap() == damaged, "the damaged bytes are kept");
+}
+
+#[test]
 fn namespaces_that_are_gone_are_not_made_anew_over_data() {
     let dir = scratch();
     let setup = filled(&dir);

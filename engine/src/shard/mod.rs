@@ -158,6 +158,10 @@ pub struct Counters {
     pub corrupt_reads: u64,
     /// Reads that the disk failed.
     pub failed_reads: u64,
+    /// Parts of the log that were given up when the shard was opened.
+    pub log_losses: u64,
+    /// Records in them, as far as anything says how many.
+    pub log_records_lost: u64,
 }
 
 /// Where a shard stands, for metrics and `stats`.

@@ -11,6 +11,7 @@ use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 mod closing;
 mod damage;
 mod full;
+mod loss;
 mod poison;
 mod replicas;
 mod tail;

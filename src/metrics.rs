@@ -139,7 +139,7 @@ numbers! {
     repair_read_bytes;
     /// Leaves of trees, or pieces of tables, read only to check them.
     scrubbed_leaves;
-    /// Scans of comparisons and scrubbing that met damage.
+    /// Scans of comparisons and scrubbing that met damage; blocks, on a node of its own.
     scrub_damaged;
     /// Scans that found other records than were noted.
     scrub_mismatches;
@@ -253,6 +253,8 @@ numbers! {
     repair_tree_bytes;
     /// Leaves that a scrub on demand has still to read.
     scrub_demanded;
+    /// Bytes that a scrub on demand has still to read, on a node of its own.
+    scrub_bytes_left;
     /// Links to shards of other nodes that stand.
     peer_links_up;
     /// Connections from shards of other nodes.

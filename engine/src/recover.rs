@@ -22,11 +22,11 @@ use crate::log::{
     CommitLog, Control, LogIdentity, Loss, Lsn, OnDamage, Relief, ReplayEnd, ReplayItem,
     keep_aside, remove_damaged, replay_with,
 };
-use crate::model::{NamespaceId, Timestamp, TokenRange, WallMicros, limits};
+use crate::model::{NamespaceId, Timestamp, Token, TokenRange, WallMicros, limits};
 use crate::options::{Compression, Options};
 use crate::runtime::Runtime;
 use crate::shard::{
-    Counters, FIRST_INCARNATION, Keep, Memory, Notify, Replicas, Shard, ShardState,
+    Counters, FIRST_INCARNATION, Keep, Memory, Notify, Replicas, Scrub, Shard, ShardState,
     SpaceWatch, Thresholds, Unsettled, Versions,
 };
 use crate::sstable::{Codec, TableOptions};
@@ -228,6 +228,10 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
             return Err(error);
         }
     };
+    // Each start checks from elsewhere on: a life may be too short to come round.
+    let begun = [u64::from(identity.node.0), u64::from(identity.shard), runtime.wall().0];
+    let begun: Vec<u8> = begun.iter().flat_map(|part| part.to_le_bytes()).collect();
+    let scrub_start = Token::of_key(&begun, identity.hash_seed);
     let counters = Counters {
         log_losses: losses.len() as u64,
         log_records_lost: losses.iter().map(Loss::count).sum(),
@@ -268,6 +272,8 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         whole: Cell::new(false),
         unsettled: RefCell::new(Unsettled::new()),
         space: SpaceWatch::new(thresholds, space),
+        scrub: Scrub::new(scrub_start),
+        scrub_asked: Notify::default(),
         stats: RefCell::new(counters),
         dropped_at: Cell::new(Lsn::ZERO),
         keep,

@@ -83,7 +83,8 @@ pub(crate) enum Command {
     /// Show one row a node.
     #[command(after_help = "Example:\n  annulus status")]
     Status(StatusArguments),
-    /// Compare a node's partitions with their other replicas, or show how far they agree.
+    /// Compare a node's partitions with their other replicas, check all its data, or show how far
+    /// it is. A node of its own can only be checked: --scrub.
     #[command(after_help = "Examples:\n  annulus repair\n  annulus repair --status --json\n  \
         annulus repair --scrub\n\nExit code of --status: 0 when all replicas agree as far as \
         the node knows, else 1.")]

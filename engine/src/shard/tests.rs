@@ -14,6 +14,7 @@ mod full;
 mod loss;
 mod poison;
 mod replicas;
+mod scrub;
 mod tail;
 mod unknown;
 

@@ -97,21 +97,22 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         Ok(())
     }
 
-    /// Takes note of a block that fails its check.
-    pub(super) fn note_damage(&self, error: &Error) {
-        let Error::Corrupt { path, offset, .. } = error else { return };
+    /// Takes note of a block that fails its check. Whether it was not known.
+    pub(super) fn note_damage(&self, error: &Error) -> bool {
+        let Error::Corrupt { path, offset, .. } = error else { return false };
         let name = path.file_name().and_then(|name| name.to_str());
-        let Some(table) = name.and_then(TableId::from_file_name) else { return };
+        let Some(table) = name.and_then(TableId::from_file_name) else { return false };
         let set = self.state.tables.current();
-        let Some(live) = set.table(table) else { return };
-        let Some(tokens) = live.tokens_at(*offset) else { return };
+        let Some(live) = set.table(table) else { return false };
+        let Some(tokens) = live.tokens_at(*offset) else { return false };
         let mut damaged = self.state.damaged.borrow_mut();
         let known = |known: &Damaged| (known.table, known.offset) == (table, *offset);
         if damaged.iter().any(known) || is_voided(set.layout(), table, error) {
-            return;
+            return false;
         }
         damaged.retain(|damaged| set.table(damaged.table).is_some());
         damaged.push(Damaged { table, offset: *offset, left: Ranges::of(tokens) });
+        true
     }
 
     /// Whether a record of the token that was lost with its table could be newer than this.

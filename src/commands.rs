@@ -504,6 +504,12 @@ pub struct RepairReply {
     pub read_bytes: u64,
     /// Leaves that a scrub on demand has still to read.
     pub scrub_left: u64,
+    /// The same in bytes, for a node of its own.
+    #[serde(default)]
+    pub scrub_bytes_left: u64,
+    /// Damage that comparisons and scrubbing have met.
+    #[serde(default)]
+    pub scrub_damaged: u64,
 }
 
 impl RepairReply {
@@ -541,6 +547,8 @@ impl RepairReply {
             bytes: counters.repair_bytes,
             read_bytes: counters.repair_read_bytes,
             scrub_left: gauges.scrub_demanded,
+            scrub_bytes_left: gauges.scrub_bytes_left,
+            scrub_damaged: counters.scrub_damaged,
         }
     }
 }

@@ -42,6 +42,8 @@ pub struct Config {
     pub join: Vec<String>,
     pub cluster_key_file: Option<PathBuf>,
     pub insecure_public: bool,
+    /// Only of the command line: true for one start, never by a file or variable.
+    pub accept_loss: bool,
     pub advertise: Option<String>,
     pub dc: String,
     pub rack: String,
@@ -126,6 +128,7 @@ impl Config {
             join: flags.join.map(|list| list.0).unwrap_or_default(),
             cluster_key_file: flags.cluster_key_file,
             insecure_public: public,
+            accept_loss: false,
             advertise: flags.advertise.map(|host| name("advertise", host)).transpose()?,
             dc: name("dc", flags.dc.unwrap_or_else(|| "dc1".to_owned()))?,
             rack: name("rack", flags.rack.unwrap_or_else(|| "rack1".to_owned()))?,

@@ -14,6 +14,8 @@ mod table;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use annulus_cluster::NodeId;
+use annulus_cluster::register::Ballot;
 use annulus_engine::disk::{Disk, File, OpenMode};
 use annulus_engine::error::Error;
 use annulus_engine::identity::{self, Identity};
@@ -22,6 +24,7 @@ use annulus_engine::tables::manifest::{Owner, parse_manifest_name};
 use serde_json::json;
 
 use crate::namespaces::{self, Catalogue};
+use crate::registers::{self, Registers};
 use files::{Files, now};
 use report::Report;
 
@@ -74,6 +77,7 @@ enum FileKind {
     Log,
     Manifest(u64),
     Namespaces,
+    Registers,
     Table(TableId),
 }
 
@@ -88,6 +92,7 @@ fn kind_of(path: &Path) -> Option<FileKind> {
         b"ANNIDN\r\n" => Some(FileKind::Identity),
         b"ANNLOG\r\n" => Some(FileKind::Log),
         b"ANLSNMSP" => Some(FileKind::Namespaces),
+        b"ANLSREGS" => Some(FileKind::Registers),
         _ => None,
     }
 }
@@ -96,6 +101,7 @@ fn kind_of_name(name: &str) -> Option<FileKind> {
     match name {
         identity::FILE_NAME => Some(FileKind::Identity),
         namespaces::FILE_NAME => Some(FileKind::Namespaces),
+        registers::FILE_NAME => Some(FileKind::Registers),
         _ => annulus_engine::log::format::parse_name(name)
             .map(|_| FileKind::Log)
             .or_else(|| parse_manifest_name(name).map(FileKind::Manifest))
@@ -110,6 +116,10 @@ fn file<W: Write>(path: &Path, report: &mut Report<'_, W>) -> Result<(), Failure
         }
         Some(FileKind::Log) => Ok(log::inspect(path, report)?),
         Some(FileKind::Namespaces) => Ok(inspect_namespaces(path, report)?),
+        Some(FileKind::Registers) => {
+            let node = node_of(path)?;
+            Ok(inspect_registers(path, node, report)?)
+        }
         Some(FileKind::Manifest(id)) => {
             let owner = owner_of(path)?;
             Ok(shard::inspect_manifest(path, owner, id, report).map(drop)?)
@@ -119,7 +129,8 @@ fn file<W: Write>(path: &Path, report: &mut Report<'_, W>) -> Result<(), Failure
             Ok(table::inspect(path, owner, id, None, report)?)
         }
         None => Err(Failure::Usage(format!(
-            "{} is no file of a data directory: IDENTITY, MANIFEST-*, NAMESPACES, *.log, *.sst",
+            "{} is no file of a data directory: IDENTITY, MANIFEST-*, NAMESPACES, REGISTERS, \
+             *.log, *.sst",
             path.display()
         ))),
     }
@@ -136,6 +147,22 @@ fn owner_of(path: &Path) -> Result<Owner, Failure> {
     }
     Err(Failure::Usage(format!(
         "{} can only be read beside the IDENTITY of its shard: its checksums depend on it",
+        path.display()
+    )))
+}
+
+/// Whose registers lie here: their checksum needs it, and any shard of the node says it.
+fn node_of(path: &Path) -> Result<NodeId, Failure> {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let dir = absolute.parent().unwrap_or(&absolute);
+    for shard in subdirectories(dir, "shard-") {
+        let bytes = std::fs::read(shard.join(identity::FILE_NAME)).unwrap_or_default();
+        if let Some(identity) = Identity::copies(&bytes).into_iter().find_map(Result::ok) {
+            return Ok(NodeId(identity.node.0));
+        }
+    }
+    Err(Failure::Usage(format!(
+        "{} can only be read beside a shard of its node: its checksum depends on it",
         path.display()
     )))
 }
@@ -239,6 +266,41 @@ fn inspect_namespaces<W: Write>(path: &Path, report: &mut Report<'_, W>) -> io::
         ),
         Err(error) => report.damage(&error),
     }
+}
+
+/// Prints what a member has promised and accepted. A damaged file is refused by the next start.
+fn inspect_registers<W: Write>(
+    path: &Path,
+    node: NodeId,
+    report: &mut Report<'_, W>,
+) -> io::Result<()> {
+    let decoded =
+        read_small(path, 16 << 20).and_then(|bytes| Registers::decode(&bytes, path, node));
+    let registers = match decoded {
+        Ok(registers) => registers,
+        Err(error) => return report.damage(&error),
+    };
+    let count = registers.iter().count();
+    report.file(path, "registers", &json!({ "node": node.0, "registers": count }))?;
+    let ballot = |ballot: Ballot| json!({ "counter": ballot.counter, "node": ballot.node.0, "session": ballot.session });
+    for (register, acceptor) in registers.iter() {
+        let names: Vec<String> = registers::catalogue_of(&acceptor.state)
+            .map(|catalogue| catalogue.iter().map(|namespace| namespace.name.clone()).collect())
+            .unwrap_or_default();
+        report.entry(
+            path,
+            "register",
+            &json!({
+                "register": register.0,
+                "promised": ballot(acceptor.promised),
+                "accepted": ballot(acceptor.accepted),
+                "version": acceptor.state.version,
+                "value_size": acceptor.state.value.len(),
+                "namespaces": names,
+            }),
+        )?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -109,6 +109,10 @@ numbers! {
     cache_misses;
     /// Blocks or records that failed their checksum.
     corruptions;
+    /// Damaged parts of the commit log that this start was told to give up.
+    log_losses;
+    /// Records in them, as far as anything says how many.
+    log_records_lost;
     /// Messages of other nodes' shards.
     peer_messages;
     /// Messages and records of other nodes that were refused.
@@ -131,11 +135,11 @@ numbers! {
     repair_keys_differing;
     /// Bytes of messages of comparisons, both ways; records not among them.
     repair_bytes;
-    /// Bytes of records read to compare and to check them.
+    /// Bytes read to compare and to check.
     repair_read_bytes;
-    /// Leaves of trees read only to check them.
+    /// Leaves of trees, or pieces of tables, read only to check them.
     scrubbed_leaves;
-    /// Scans of comparisons and scrubbing that met damage.
+    /// Scans of comparisons and scrubbing that met damage; blocks, on a node of its own.
     scrub_damaged;
     /// Scans that found other records than were noted.
     scrub_mismatches;
@@ -249,6 +253,8 @@ numbers! {
     repair_tree_bytes;
     /// Leaves that a scrub on demand has still to read.
     scrub_demanded;
+    /// Bytes that a scrub on demand has still to read, on a node of its own.
+    scrub_bytes_left;
     /// Links to shards of other nodes that stand.
     peer_links_up;
     /// Connections from shards of other nodes.

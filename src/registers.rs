@@ -49,6 +49,11 @@ impl Registers {
         Registers { node, acceptors: BTreeMap::new() }
     }
 
+    /// What was promised and accepted for each register that anybody has asked for.
+    pub fn iter(&self) -> impl Iterator<Item = (RegisterId, &Acceptor)> {
+        self.acceptors.iter().map(|(register, acceptor)| (*register, acceptor))
+    }
+
     /// What was promised and accepted for a register; none when nobody has asked yet.
     #[must_use]
     pub fn acceptor(&self, register: RegisterId) -> Option<&Acceptor> {

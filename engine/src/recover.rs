@@ -3,6 +3,11 @@
 //! Invariant: time to open grows with the log's tail and the tables' indexes, not with the data.
 //! A directory is made only when it is empty; whatever is missing from one that is not empty is
 //! damage, never a fresh start.
+//!
+//! Damage before valid records of the log is refused, unless the caller accepts what is lost with
+//! it. Then everything that can be read goes to tables by one edit, which also releases the log and,
+//! in a cluster, declares the shard's whole range unknown: until that edit is durable the next
+//! start meets the damage again, afterwards it has nothing to do with it.
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
@@ -13,16 +18,20 @@ use crate::compaction::flush::FlushOptions;
 use crate::compaction::{Compactor, CompactorOptions, Flushed, Pace, WriteThrottle, flush};
 use crate::disk::Disk;
 use crate::identity::Identity;
-use crate::log::{CommitLog, Control, LogIdentity, Lsn, Relief, ReplayItem, replay_with};
-use crate::model::{NamespaceId, Timestamp};
+use crate::log::{
+    CommitLog, Control, LogIdentity, Loss, Lsn, OnDamage, Relief, ReplayEnd, ReplayItem,
+    keep_aside, remove_damaged, replay_with,
+};
+use crate::model::{NamespaceId, Timestamp, Token, TokenRange, WallMicros, limits};
 use crate::options::{Compression, Options};
 use crate::runtime::Runtime;
 use crate::shard::{
-    FIRST_INCARNATION, Keep, Memory, Notify, Replicas, Shard, ShardState, SpaceWatch, Thresholds,
-    Unsettled, Versions,
+    Counters, FIRST_INCARNATION, Keep, Memory, Notify, Replicas, Scrub, Shard, ShardState,
+    SpaceWatch, Thresholds, Unsettled, Versions,
 };
 use crate::sstable::{Codec, TableOptions};
-use crate::tables::{Owner, TableSet, Tables};
+use crate::tables::facts::{Facts, LOG, Lost};
+use crate::tables::{Layout, Owner, TableSet, TableSetEdit, Tables};
 use crate::{Error, Result};
 
 /// Directory of the log inside a shard's directory.
@@ -62,7 +71,28 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         options: Options,
         compression: Option<CompressionOf>,
     ) -> Result<Shard<D, R>> {
-        let shard = prepare(disk, runtime, dir, wanted, options, compression).await?;
+        let refuse = OnDamage::Refuse;
+        Shard::open_with(disk, runtime, dir, wanted, options, compression, refuse).await
+    }
+
+    /// The same, saying what to do about records of the log that were durable and cannot be read.
+    /// Where their loss is accepted it is logged and counted, and the bytes of the damaged segments
+    /// stay beside the log as `*.log.damaged`. An older value of a key may be shown where a newer
+    /// write is lost; the shard of a cluster has all its range unknown instead, until other replicas
+    /// have refilled it.
+    ///
+    /// # Errors
+    /// As [`Shard::open`].
+    pub async fn open_with(
+        disk: D,
+        runtime: R,
+        dir: &Path,
+        wanted: &Identity,
+        options: Options,
+        compression: Option<CompressionOf>,
+        on_damage: OnDamage,
+    ) -> Result<Shard<D, R>> {
+        let shard = prepare(disk, runtime, dir, wanted, options, compression, on_damage).await?;
         shard.reserve_at_start().await;
         shard.start_tasks();
         Ok(shard)
@@ -77,6 +107,7 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     wanted: &Identity,
     options: Options,
     compression: Option<CompressionOf>,
+    on_damage: OnDamage,
 ) -> Result<Shard<D, R>> {
     options.validate()?;
     let identity = Identity::open_or_create(&disk, dir, wanted).await?;
@@ -106,6 +137,9 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         match item {
             ReplayItem::Record(record) => {
                 found.greatest = found.greatest.max(record.timestamp);
+                if on_damage == OnDamage::Accept {
+                    memory.borrow_mut().follow_incarnation(&record);
+                }
             }
             ReplayItem::Control(Control::Ceiling { timestamp, sequence }) => {
                 found.ceiling = found.ceiling.max(timestamp);
@@ -118,8 +152,9 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     let from = released.next();
     let mut relief = || spill.relief();
     let log_id = log_identity(&identity);
-    let end = replay_with(&disk, &log_dir, log_id, from, &mut visit, &mut relief).await;
-    let end = match end {
+    let replayed = replay_with(&disk, &log_dir, log_id, from, on_damage, &mut visit, &mut relief);
+    let end = replayed.await;
+    let mut end = match end {
         Ok(end) => end,
         Err(error) => return spill.abandon(error).await,
     };
@@ -137,7 +172,24 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
             "the log ends with record {}, but records up to {} were durable once: its last segment is missing",
             end.last.0, logged.0
         );
-        return spill.abandon(Error::corrupt(&log_dir, 0, what)).await;
+        if on_damage == OnDamage::Refuse {
+            return spill.abandon(Error::corrupt(&log_dir, 0, what)).await;
+        }
+        end.lose_end(&log_dir, what, logged);
+    }
+    let losses = std::mem::take(&mut end.losses);
+    let damaged = std::mem::take(&mut end.damaged);
+    let gave_up = (!losses.is_empty()).then_some(end.last);
+    if gave_up.is_some() {
+        tell_losses(&losses, &end);
+        let kept = match spill.all().await {
+            Ok(()) => keep_aside(&disk, &log_dir, &damaged).await,
+            failed => failed,
+        };
+        if let Err(error) = kept {
+            return spill.abandon(error).await;
+        }
+        found.outlast_losses(runtime.wall());
     }
     // Closed in good order, and this is not the log of a snapshot: nothing can have been lost.
     let is_clean = end.clean && logged >= end.last && end.last > Lsn::ZERO;
@@ -153,19 +205,37 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         sink_memory.borrow_mut().show(lsn, item);
     });
     let started =
-        CommitLog::start(disk.clone(), runtime.clone(), log_dir, options.log, end, sink).await;
+        CommitLog::start(disk.clone(), runtime.clone(), log_dir.clone(), options.log, end, sink)
+            .await;
     let log = match started {
         Ok(log) => log,
         Err(error) => return spill.abandon(error).await,
     };
     let versions = versions(&memory, &identity, &options, &found, floor, is_clean);
-    let ceiling_at = match spill.commit(&log, versions.ceiling()).await {
+    let committed = match gave_up {
+        None => spill.commit(&log, versions.ceiling()).await,
+        Some(last) => match spill.commit_rest(&log, versions.ceiling(), last).await {
+            // Nothing asks for the damaged segments any more.
+            Ok(at) => remove_damaged(&disk, &log_dir, &damaged).await.map(|()| at),
+            failed => failed,
+        },
+    };
+    let ceiling_at = match committed {
         Ok(ceiling_at) => ceiling_at,
         Err(error) => {
             // No task of the log outlives a failed start.
             let _ = log.close().await;
             return Err(error);
         }
+    };
+    // Each start checks from elsewhere on: a life may be too short to come round.
+    let begun = [u64::from(identity.node.0), u64::from(identity.shard), runtime.wall().0];
+    let begun: Vec<u8> = begun.iter().flat_map(|part| part.to_le_bytes()).collect();
+    let scrub_start = Token::of_key(&begun, identity.hash_seed);
+    let counters = Counters {
+        log_losses: losses.len() as u64,
+        log_records_lost: losses.iter().map(Loss::count).sum(),
+        ..Counters::default()
     };
     let tables_max = greatest_stamp(&tables.current());
     let pace = Rc::new(RefCell::new(Pace::new(&options.compaction)));
@@ -202,7 +272,9 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         whole: Cell::new(false),
         unsettled: RefCell::new(Unsettled::new()),
         space: SpaceWatch::new(thresholds, space),
-        stats: RefCell::default(),
+        scrub: Scrub::new(scrub_start),
+        scrub_asked: Notify::default(),
+        stats: RefCell::new(counters),
         dropped_at: Cell::new(Lsn::ZERO),
         keep,
         damaged: RefCell::default(),
@@ -232,6 +304,30 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
     let shard = Shard { state };
     shard.update_pressure();
     Ok(shard)
+}
+
+impl Replayed {
+    /// Ceilings may be among what is lost. Stamps are reserved at most so far ahead of the clock, and
+    /// no partition is ever written once a microsecond: so both begin where none was used.
+    fn outlast_losses(&mut self, wall: WallMicros) {
+        self.sequence = self.sequence.max(wall.0);
+        let ahead = WallMicros(wall.0 + limits::CLOCK_OFFSET_MAX_US / 2);
+        self.ceiling = self.ceiling.max(Timestamp::new(ahead, 0));
+    }
+}
+
+/// Says what is given up, for whoever reads the log of the process.
+fn tell_losses(losses: &[Loss], end: &ReplayEnd) {
+    for loss in losses {
+        tracing::warn!(
+            file = %loss.path.display(),
+            offset = loss.offset,
+            damage = %loss.what,
+            lost = %loss.extent(),
+            "a part of the commit log is given up; the bytes are kept as *.log.damaged"
+        );
+    }
+    tracing::warn!(records = end.records, "the valid rest of the commit log was kept");
 }
 
 /// The greatest stamp of any record in tables, those that were lost to damage included.
@@ -304,8 +400,22 @@ struct Spill<D: Disk, R: Runtime> {
 impl<D: Disk, R: Runtime> Spill<D, R> {
     /// The flush of the oldest memtable, when more are sealed than may wait.
     fn relief(&self) -> Option<Relief> {
+        self.flush_beyond(self.options.memtables_sealed_max)
+    }
+
+    /// Flushes all that is in memory.
+    async fn all(&self) -> Result<()> {
+        self.memory.borrow_mut().seal();
+        while let Some(relief) = self.flush_beyond(0) {
+            relief.await?;
+        }
+        Ok(())
+    }
+
+    /// The flush of the oldest memtable, when more than so many are sealed.
+    fn flush_beyond(&self, count: usize) -> Option<Relief> {
         let memory = self.memory.borrow();
-        if memory.sealed_count() <= self.options.memtables_sealed_max {
+        if memory.sealed_count() <= count {
             return None;
         }
         let sealed = memory.oldest_sealed()?;
@@ -354,6 +464,55 @@ impl<D: Disk, R: Runtime> Spill<D, R> {
         log.release(last);
         Ok(ceiling_at)
     }
+
+    /// After [`Spill::all`]: makes everything live that could be read of a log up to `last`, and
+    /// lets it go, by one edit. In a cluster it also says that records of any token may be missing.
+    /// Returns the record of the log that holds the ceiling.
+    async fn commit_rest(
+        &self,
+        log: &CommitLog<D, R>,
+        ceiling: Control<'_>,
+        last: Lsn,
+    ) -> Result<Lsn> {
+        let ceiling_at = log.append_control(ceiling)?;
+        log.wait_durable(ceiling_at).await?;
+        let spilled = self.spilled.take();
+        let opened = spilled.iter().flat_map(|(flushed, _)| flushed.opened.clone()).collect();
+        let added = spilled.iter().flat_map(|(flushed, _)| flushed.edit.added.clone()).collect();
+        let Control::Ceiling { timestamp: max_timestamp, .. } = ceiling else {
+            unreachable!("nothing else is a ceiling")
+        };
+        let replicas = self.memory.borrow().replicas().clone();
+        let edit = |layout: &Layout| {
+            let lost = self.options.replicated.then(|| {
+                let earlier = layout.lost.iter().filter(|lost| lost.table != LOG).copied();
+                let lose = |range| Lost { table: LOG, range, max_timestamp };
+                earlier.chain(written_ranges(&replicas).into_iter().map(lose)).collect()
+            });
+            let replicas = replicas.changes(&layout.replicas);
+            let facts = Facts { logged: log.durable(), lost, replicas, ..Facts::default() };
+            TableSetEdit { added, released: Some(last), facts, ..TableSetEdit::default() }
+        };
+        self.tables.commit(opened, edit).await?;
+        log.release(last);
+        Ok(ceiling_at)
+    }
+}
+
+/// The tokens of all partitions that have seen anything. Of the others this shard has no replica, or
+/// one that lacks everything, and is sent everything.
+fn written_ranges(replicas: &Replicas) -> Vec<TokenRange> {
+    let mut ranges: Vec<TokenRange> = Vec::new();
+    for partition in replicas.partitions().filter(|id| !replicas.of(*id).seen.is_empty()) {
+        let range = partition.range(replicas.bits());
+        match ranges.last_mut() {
+            Some(before) if before.last.0.wrapping_add(1) == range.first.0 => {
+                before.last = range.last;
+            }
+            _ => ranges.push(range),
+        }
+    }
+    ranges
 }
 
 /// Opens the live tables; makes an empty set only where nothing but the identity is.

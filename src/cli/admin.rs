@@ -187,6 +187,8 @@ fn repair_rows(reply: &RepairReply) -> Vec<Vec<String>> {
         row("bytes of comparisons", Size(reply.bytes).rounded()),
         row("bytes read for them", Size(reply.read_bytes).rounded()),
         row("leaves left to scrub", reply.scrub_left.to_string()),
+        row("bytes left to scrub", Size(reply.scrub_bytes_left).rounded()),
+        row("damage found", reply.scrub_damaged.to_string()),
     ]
 }
 

@@ -83,12 +83,14 @@ pub(crate) enum Command {
     /// Show one row a node.
     #[command(after_help = "Example:\n  annulus status")]
     Status(StatusArguments),
-    /// Compare a node's partitions with their other replicas, or show how far they agree.
+    /// Compare a node's partitions with their other replicas, check all its data, or show how far
+    /// it is. A node of its own can only be checked: --scrub.
     #[command(after_help = "Examples:\n  annulus repair\n  annulus repair --status --json\n  \
         annulus repair --scrub\n\nExit code of --status: 0 when all replicas agree as far as \
         the node knows, else 1.")]
     Repair(RepairArguments),
-    /// Print a log segment, table, manifest, identity or namespaces file, or a directory of them.
+    /// Print a log segment, table, manifest, identity, namespaces or registers file, or a directory
+    /// of them.
     #[command(
         after_help = "Examples:\n  annulus inspect annulus-data/shard-000/IDENTITY\n  annulus \
         inspect annulus-data --verify\n  annulus inspect annulus-data --records --json\n\nReads \
@@ -155,6 +157,13 @@ pub(crate) struct ServeArguments {
     /// Configuration file (TOML); its keys are the names of the options below.
     #[arg(long, env = "ANNULUS_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// For this start: go on without records of the commit log that were acknowledged and cannot
+    /// be read. Without it such a start is refused and names them. What can be read is kept, what
+    /// cannot is logged and counted, and the damaged files stay as log/*.log.damaged.
+    /// A node alone may then show an older value of a key; a member of a cluster answers nothing
+    /// for its share until the others have refilled it.
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     #[command(flatten)]
     pub(crate) flags: Flags,
 }

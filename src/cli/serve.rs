@@ -13,7 +13,8 @@ use crate::config::Config;
 
 pub(super) fn run(arguments: ServeArguments) -> Outcome {
     let flags = arguments.flags.over_file(arguments.config.as_deref()).map_err(Failure::usage)?;
-    let config = Config::resolve(flags, &Host::probe()).map_err(Failure::usage)?;
+    let mut config = Config::resolve(flags, &Host::probe()).map_err(Failure::usage)?;
+    config.accept_loss = arguments.accept_loss;
     let filter = EnvFilter::try_new(&config.log_level)
         .map_err(|error| Failure::usage(format!("log-level: {error}")))?;
     tracing_subscriber::fmt()

@@ -3,6 +3,8 @@
 
 use std::fs;
 
+use annulus_cluster::message::PeerMessage;
+use annulus_cluster::register::RegisterId;
 use annulus_engine::model::{NamespaceId, OriginId, Token, WallMicros};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Condition, Merge, Mutation, Shard};
@@ -12,6 +14,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::config::Compression;
+use crate::namespaces::Settings;
 
 const SHARD: &str = "shard-000";
 const KEYS: usize = 1500;
@@ -251,4 +254,73 @@ fn keys_are_escaped_and_the_hash_seed_is_not_shown() {
     let store = Store::new();
     let (_, text) = inspect(&store.path(&format!("{SHARD}/IDENTITY")), Options::default());
     assert!(text.contains("cluster=") && !text.contains("seed"), "{text}");
+}
+
+/// A store of a member that was asked once for its promise and once for its vote.
+fn with_registers() -> (Store, PathBuf) {
+    let store = Store::new();
+    let executor = SimExecutor::new(5);
+    let disk = SimDisk::new(&executor.runtime(), SimDiskOptions::default());
+    let mut registers = Registers::new(NodeId(1));
+    let known = Catalogue::new(Compression::Lz4);
+    let ballot = |counter| Ballot { counter, node: NodeId(7), session: 42 };
+    let mut next = known.clone();
+    next.create("boats", &Settings::default(), Compression::None).unwrap();
+    let (register, state) = (RegisterId::NAMESPACES, registers::state_of(&next));
+    let accept = PeerMessage::Accept { register, ballot: ballot(3), next: ballot(5), state };
+    for request in [PeerMessage::Prepare { register, ballot: ballot(3) }, accept] {
+        let mut bytes = Vec::new();
+        request.encode(&mut bytes);
+        let vote = registers.vote(&disk, Path::new(""), WallMicros(0), &bytes, &known);
+        executor.run(vote).unwrap();
+    }
+    let path = store.path(registers::FILE_NAME);
+    fs::write(&path, disk.read_file(Path::new(registers::FILE_NAME)).unwrap()).unwrap();
+    (store, path)
+}
+
+#[test]
+fn registers_are_shown_with_what_was_promised_and_accepted() {
+    let (store, path) = with_registers();
+    let (whole, text) = verify(store.dir.path());
+    assert!(whole && text.contains("REGISTERS"), "{text}");
+    let (whole, text) = inspect(&path, Options { json: true, ..Options::default() });
+    assert!(whole, "{text}");
+    let documents: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |kind: &str| documents.iter().find(|it| it["kind"] == kind).unwrap();
+    assert_eq!((&of("registers")["node"], &of("registers")["registers"]), (&1.into(), &1.into()));
+    let register = of("register");
+    assert_eq!(register["accepted"], json!({ "counter": 3, "node": 7, "session": 42 }));
+    assert_eq!(register["promised"]["counter"], 5);
+    assert_eq!(register["namespaces"], json!(["default", "boats"]));
+    let (_, text) = inspect(&path, Options::default());
+    assert!(text.contains("register") && text.contains("boats"), "{text}");
+    // A copy is known by its first bytes; elsewhere its checksum cannot be told.
+    let copy = store.path("copy-of-registers");
+    fs::copy(&path, &copy).unwrap();
+    assert_eq!(inspect(&copy, Options::default()).1.lines().count(), text.lines().count());
+    let elsewhere = tempfile::tempdir().unwrap();
+    let alone = elsewhere.path().join("REGISTERS");
+    fs::copy(&path, &alone).unwrap();
+    let error = run(&alone, Options::default(), &mut Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("beside a shard"), "{error}");
+}
+
+#[test]
+fn damaged_registers_are_named_whichever_bit_it_is() {
+    let (store, path) = with_registers();
+    let before = fs::read(&path).unwrap();
+    let used = 64 + u32::from_le_bytes(before[12..16].try_into().unwrap()) as usize;
+    for at in 0..used {
+        flip(&path, at);
+        let (whole, text) = verify(&path);
+        let is_named = text.lines().any(|it| it.starts_with("DAMAGE") && it.contains("REGISTERS"));
+        assert!(!whole && is_named, "{at}: {text}");
+        fs::write(&path, &before).unwrap();
+    }
+    fs::write(&path, &before[..used - 1]).unwrap();
+    assert!(!verify(store.dir.path()).0);
+    fs::write(&path, &before).unwrap();
+    assert!(verify(store.dir.path()).0);
 }

@@ -152,6 +152,8 @@ pub(super) fn snapshot(
     counters.compaction_read_bytes = stats.compaction_read_bytes;
     counters.compaction_write_bytes = stats.compacted_bytes;
     counters.device_reads = stats.counters.blocks_read;
+    counters.log_losses = stats.counters.log_losses;
+    counters.log_records_lost = stats.counters.log_records_lost;
     counters.device_read_bytes = stats.counters.block_bytes_read;
     counters.cache_hits = stats.cache_hits;
     counters.cache_misses = stats.cache_misses;

@@ -642,8 +642,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if let Some(replication) = &self.replication {
             replication.note_room(&mut snapshot);
         }
-        if let Some(figures) = self.repair_figures() {
-            figures.note_in(&mut snapshot);
+        match self.repair_figures() {
+            Some(figures) => figures.note_in(&mut snapshot),
+            None => self.note_scrub_in(&mut snapshot),
         }
         self.note_gossip_in(&mut snapshot);
         snapshot

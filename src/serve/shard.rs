@@ -13,6 +13,7 @@ use annulus_cluster::tracking::PeerShard;
 use annulus_cluster::{NodeId, NodeInfo, Topology};
 use annulus_engine::driver::{HostOptions, Ring, RingDisk, ShardRuntime, Turn, drive, host};
 use annulus_engine::identity::Identity;
+use annulus_engine::log::OnDamage;
 use annulus_engine::model::limits::SIBLING_BYTES_MAX;
 use annulus_engine::model::{Instant, NamespaceId, OriginId};
 use annulus_engine::options::Compression;
@@ -98,8 +99,10 @@ pub(crate) async fn run(
     options.replicated = facts.members.is_some();
     let dir = node.config().data_dir.join(dir_name(index as usize));
     let compression = compression_of(&node);
+    let on_damage = if node.config().accept_loss { OnDamage::Accept } else { OnDamage::Refuse };
+    let (opened_by, compression) = (runtime.clone(), Some(compression));
     let opening =
-        Shard::open(disk.clone(), runtime.clone(), &dir, &identity, options, Some(compression));
+        Shard::open_with(disk.clone(), opened_by, &dir, &identity, options, compression, on_damage);
     let shard = drive(&ring, &runtime, opening).await.map_err(text)?.map_err(text)?;
     let budget = node.config().budget(facts.shard_count)?;
     let limits = SocketLimits {

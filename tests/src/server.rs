@@ -204,6 +204,13 @@ impl Setup {
         self
     }
 
+    /// With this option for one start.
+    #[must_use]
+    pub fn accepting_loss(mut self) -> Setup {
+        self.arguments.push("--accept-loss".to_owned());
+        self
+    }
+
     /// Started by this command, which must replace itself by what follows.
     #[must_use]
     pub fn under(mut self, wrapper: &[&str]) -> Setup {

@@ -294,6 +294,36 @@ fn a_damaged_block_is_unknown_not_absent_and_the_rest_is_served() {
 }
 
 #[test]
+fn a_node_alone_is_scrubbed_on_demand_and_says_what_it_found() {
+    let dir = scratch();
+    let setup = settled(&dir);
+    let largest = files(&setup.data_dir().join("shard-000/table"), "sst")
+        .into_iter()
+        .max_by_key(|path| fs::metadata(path).unwrap().len())
+        .unwrap();
+    flip(&largest, 9_000);
+    let server = setup.start();
+    let address = server.client.to_string();
+    let repair = |option: &str| annulus(["repair", option, "--json", "--addr", address.as_str()]);
+    let before = repair("--status").expect_code(0).json();
+    assert_eq!((&before["scrub_damaged"], &before["damaged"]), (&0.into(), &0.into()));
+    let _ = repair("--scrub").expect_code(0);
+    // Each question takes a process, and the data is small.
+    let found = (0..2_000).map(|_| repair("--status")).find(|ran| ran.code == 1);
+    let status = found.expect("it is found").json();
+    // The block's tokens lie in many partitions.
+    assert!(status["scrub_damaged"] == 1 && status["damaged"].as_u64() > Some(0), "{status}");
+    let done = (0..2_000).map(|_| repair("--status").json()).find(|it| it["scrub_bytes_left"] == 0);
+    assert!(done.expect("it ends")["read_bytes"].as_u64().unwrap() > 100_000);
+    let name = largest.file_name().unwrap().to_str().unwrap();
+    let said = server.stderr();
+    assert!(said.contains("scrubbing met") && said.contains(name), "{said}");
+    assert!(said.contains("offset"), "{said}");
+    let table = annulus(["repair", "--status", "--addr", address.as_str()]).expect_code(1);
+    assert!(table.text().contains("damage found"), "{}", table.text());
+}
+
+#[test]
 fn a_damaged_log_is_refused_where_it_would_lose_what_was_acknowledged() {
     let dir = scratch();
     let setup = setup(&dir).with("memtable-size", "8MiB");
@@ -312,6 +342,52 @@ fn a_damaged_log_is_refused_where_it_would_lose_what_was_acknowledged() {
     refused(&setup.refusal(), &["log"]);
     fs::write(first, &whole).unwrap();
     check(&setup.start().namespace(), 0..KEYS);
+}
+
+#[test]
+fn what_a_damaged_log_still_holds_is_kept_once_the_loss_is_accepted() {
+    let dir = scratch();
+    let setup = setup(&dir).with("memtable-size", "8MiB");
+    let server = setup.start();
+    fill(&server.namespace(), 0..KEYS);
+    let setup = server.kill_nine();
+    let logs = files(&setup.data_dir().join("shard-000/log"), "log");
+    let first = &logs[0];
+    flip(first, 64 << 10);
+    let damaged = fs::read(first).unwrap();
+    let name = first.file_name().unwrap().to_str().unwrap();
+    let refusal = setup.refusal();
+    refused(&refusal, &[name, "offset", "may be lost: records", "bytes", "--accept-loss"]);
+    let server = setup.clone().accepting_loss().start();
+    let keys = server.namespace();
+    let count = |keys: &BlockingNamespace| {
+        let found = (0..KEYS).filter(|number| match keys.get(&number.to_le_bytes()).unwrap() {
+            Some(value) => {
+                assert!(value == value_of(*number), "{number}");
+                true
+            }
+            None => false,
+        });
+        found.count() as u64
+    };
+    let kept = count(&keys);
+    let stats = server.stats();
+    let number = |name: &str| stats["counters"][name].as_u64().unwrap();
+    assert_eq!((number("log_losses"), number("log_records_lost")), (1, KEYS - kept));
+    assert!((KEYS - 200..KEYS).contains(&kept), "{kept} kept");
+    let said = server.stderr();
+    assert!(said.contains("is given up") && said.contains(name), "{said}");
+    let aside = setup.data_dir().join(format!("shard-000/log/{name}.damaged"));
+    assert!(fs::read(&aside).unwrap() == damaged, "the damaged bytes are kept");
+    // No later start needs the flag, however this one ends.
+    let _ = server.kill_nine();
+    let server = setup.start();
+    assert_eq!(count(&server.namespace()), kept);
+    fill(&server.namespace(), 0..KEYS);
+    check(&server.namespace(), 0..KEYS);
+    let _ = server.terminate();
+    check(&setup.start().namespace(), 0..KEYS);
+    assert!(fs::read(&aside).unwrap() == damaged, "the damaged bytes are kept");
 }
 
 #[test]

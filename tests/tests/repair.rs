@@ -1,10 +1,11 @@
 //! Replicas that no writes are on the way to, and what befalls them behind the store's back.
 
 use annulus_engine::Error;
+use annulus_engine::log::OnDamage;
 use annulus_engine::model::{Kind, NamespaceId, Record, RecordRef, Token};
 use annulus_engine::options::Durability;
 use annulus_engine::runtime::Runtime as _;
-use annulus_engine::shard::{Condition, Merge, Mutation};
+use annulus_engine::shard::{Condition, Merge, Mutation, Shard};
 use annulus_net::wire::fields::Level;
 use annulus_tests::calls::CallMix;
 use annulus_tests::cluster::{ClusterOptions, LWW, SIBLINGS, SimCluster};
@@ -156,6 +157,45 @@ fn a_damaged_block_is_never_absent_and_is_filled_again() {
     }
     assert!(counter(&cluster, "ranges_refilled") > 0);
     assert!(counter(&cluster, "refilled_records") >= unreadable as u64);
+    compare(&mut cluster);
+    assert_eq!(counter(&cluster, "repair_faults"), 0);
+}
+
+#[test]
+fn what_was_given_up_of_a_members_log_comes_back_from_the_others() {
+    let mut cluster = cluster();
+    let shard = cluster.shard(1, 0);
+    let (identity, options) = (*shard.identity(), *shard.options());
+    let dir = shard.dir().to_owned();
+    drop(shard);
+    cluster.kill(1);
+    let disk = cluster.disk(1, 0).clone();
+    // Some segments are not in use; what lies in tables already is not missed.
+    for (path, _) in disk.files() {
+        if path.to_string_lossy().ends_with(".log") {
+            disk.overwrite(&path, 8_192, &[0xA5; 4_000]);
+        }
+    }
+    let open = |on_damage| {
+        let (disk, runtime) = (disk.clone(), cluster.runtime());
+        cluster.run(Shard::open_with(disk, runtime, &dir, &identity, options, None, on_damage))
+    };
+    let error = open(OnDamage::Refuse).expect_err("damaged").to_string();
+    assert!(error.contains("--accept-loss"), "{error}");
+    let shard = open(OnDamage::Accept).expect("accepted");
+    assert!(shard.stats().counters.log_records_lost > 10);
+    assert!(!shard.unknown_ranges().is_empty());
+    cluster.run(shard.close()).expect("closed");
+    drop(shard);
+    cluster.start(1);
+    cluster.drive(30 * SECOND);
+    assert_eq!(cluster.shard(1, 0).unknown_ranges(), []);
+    assert_eq!(cluster.differences(), []);
+    for index in 0..KEYS {
+        record(&cluster, 1, LWW, index);
+        record(&cluster, 1, SIBLINGS, index);
+    }
+    assert!(counter(&cluster, "refilled_records") > 10);
     compare(&mut cluster);
     assert_eq!(counter(&cluster, "repair_faults"), 0);
 }

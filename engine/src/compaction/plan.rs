@@ -30,6 +30,8 @@
 //! memtable`). Where more than `runs_max` meet, the `tier_width` adjacent ones with the fewest
 //! bytes are merged into one, only over the stretch of the ring where the bound is broken.
 //!
+//! On a disk that is nearly full the plan looks for what fits: `plan/room.rs`.
+//!
 //! Invariant: a step's inputs are all the live slices it names, in one token range; a step into
 //! the last level names every upper table with a live token in the range. Off both paths: the
 //! compactor asks after each flush and step.
@@ -113,6 +115,8 @@ pub enum Mode {
     Settle,
     /// Until there is no upper table: an operator asked for it.
     Drain,
+    /// The disk is nearly full: the same, beginning where most is given back.
+    Relieve,
 }
 
 /// One compaction: small, and atomic by one edit.
@@ -183,10 +187,19 @@ pub struct Place {
 
 /// What compaction leaves alone for now. Reads of what is whole go on, newer tables go on being
 /// merged among themselves.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Avoid {
     /// The places.
     pub places: Vec<Place>,
+    /// Bytes that a step may write before it gives any back: no step begins that needs more.
+    pub room: u64,
+}
+
+impl Default for Avoid {
+    /// Nothing.
+    fn default() -> Avoid {
+        Avoid { places: Vec::new(), room: u64::MAX }
+    }
 }
 
 impl Avoid {
@@ -198,6 +211,11 @@ impl Avoid {
     pub(super) fn forbids(&self, step: &Step) -> bool {
         !self.places.is_empty()
             && step.upper.iter().chain(&step.last).any(|&table| self.holds(table, &step.range))
+    }
+
+    /// Whether a step may begin: its inputs can be read, and what it leaves of them fits.
+    pub(super) fn allows(&self, layout: &Layout, step: &Step, now: WallMicros) -> bool {
+        !self.forbids(step) && room::output_of(layout, step, now) <= self.room
     }
 }
 
@@ -270,7 +288,7 @@ pub fn plan(layout: &Layout, options: &PlanOptions, now: WallMicros, mode: Mode)
     plan_around(layout, options, now, mode, &Avoid::default())
 }
 
-/// [`plan`], without steps that would read what cannot be read.
+/// [`plan`], without steps that would read what cannot be read, or whose output would not fit.
 #[must_use]
 pub fn plan_around(
     layout: &Layout,
@@ -279,6 +297,11 @@ pub fn plan_around(
     mode: Mode,
     avoid: &Avoid,
 ) -> Option<Step> {
+    if mode == Mode::Relieve
+        && let Some(step) = room::relief_step(layout, options, now, avoid)
+    {
+        return Some(step);
+    }
     if let Some(step) = tier_step(layout, options, avoid) {
         return Some(step);
     }
@@ -288,22 +311,29 @@ pub fn plan_around(
         Mode::Idle => pressure.upper > options.settle_start * pressure.last,
         Mode::Settle => pressure.upper > options.settle_target * pressure.last,
         Mode::Drain => !layout.upper().is_empty(),
+        // All of them were looked at.
+        Mode::Relieve => false,
     };
-    if hand_is_due && let Some(step) = hand_step(layout, options, avoid) {
+    if hand_is_due && let Some(step) = hand_step(layout, options, now, avoid) {
         return Some(step);
     }
     expiry_step(layout, options, now, avoid)
 }
 
 /// The hand's next step with something to merge.
-fn hand_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<Step> {
+fn hand_step(
+    layout: &Layout,
+    options: &PlanOptions,
+    now: WallMicros,
+    avoid: &Avoid,
+) -> Option<Step> {
     let mut start = layout.hand;
     // At most once round the ring; ranges without upper bytes are passed over.
     for _ in 0..layout.last().len() + 2 * layout.upper().len() + 3 {
         let range = step_range(layout, options, start);
         let after = Token(range.last.0.wrapping_add(1));
         let step = step_over(layout, range, Some(after));
-        if !step.upper.is_empty() && !avoid.forbids(&step) {
+        if !step.upper.is_empty() && avoid.allows(layout, &step, now) {
             return Some(step);
         }
         start = after;
@@ -418,7 +448,7 @@ fn tier_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<St
     let depth = |arc: usize| arcs.tables_of(arc).len();
     let deepest = (0..arcs.len()).find(|&arc| depth(arc) == arcs.depth_max())?;
     let step = tier_step_at(layout, options, avoid, deepest);
-    if step.is_some() || avoid.places.is_empty() {
+    if step.is_some() || (avoid.places.is_empty() && avoid.room == u64::MAX) {
         return step;
     }
     let mut deep: Vec<usize> =
@@ -468,8 +498,12 @@ fn tier_step_at(
         }
         range.last = arcs.range(arc).last;
     }
-    if bytes_of(&range) > 2.0 * limit {
-        range.last = cut(&range, limit / bytes_of(&range), options);
+    let most = limit.min(to_f64(avoid.room));
+    if bytes_of(&range) > (2.0 * limit).min(to_f64(avoid.room)) {
+        range.last = cut(&range, most / bytes_of(&range), options);
+    }
+    if bytes_of(&range) > to_f64(avoid.room) {
+        return None;
     }
     let order = chosen.iter().map(|place| match entry(*place).level {
         Level::Upper { order } => order,
@@ -492,17 +526,7 @@ fn expiry_step(
     now: WallMicros,
     avoid: &Avoid,
 ) -> Option<Step> {
-    let expired = |entry: &Entry| {
-        let summary = &entry.summary;
-        // What had expired before it was written is still there for a reason: it may not go yet.
-        let from = to_f64(summary.min_expiry_ms.max(summary.written_ms));
-        let (to, now) = (to_f64(summary.max_expiry_ms), to_f64(now.as_millis()));
-        if summary.expiring_count == 0 || now <= from || to <= to_f64(summary.written_ms) {
-            return 0.0;
-        }
-        let passed = if now >= to { 1.0 } else { (now - from) / (to - from) };
-        passed * to_f64(summary.expiring_count) / to_f64(summary.record_count.max(1))
-    };
+    let expired = |entry: &Entry| expired_share(entry, now);
     let worst = layout
         .last()
         .iter()
@@ -512,7 +536,20 @@ fn expiry_step(
         return None;
     }
     let step = step_over(layout, worst.summary.span, None);
-    (!avoid.forbids(&step)).then_some(step)
+    avoid.allows(layout, &step, now).then_some(step)
+}
+
+/// The share of a table's records that has expired since it was written.
+fn expired_share(entry: &Entry, now: WallMicros) -> f64 {
+    let summary = &entry.summary;
+    // What had expired before it was written is still there for a reason: it may not go yet.
+    let from = to_f64(summary.min_expiry_ms.max(summary.written_ms));
+    let (to, now) = (to_f64(summary.max_expiry_ms), to_f64(now.as_millis()));
+    if summary.expiring_count == 0 || now <= from || to <= to_f64(summary.written_ms) {
+        return 0.0;
+    }
+    let passed = if now >= to { 1.0 } else { (now - from) / (to - from) };
+    passed * to_f64(summary.expiring_count) / to_f64(summary.record_count.max(1))
 }
 
 /// Where a compaction's output is cut into tables.
@@ -547,5 +584,6 @@ impl Cutter {
     }
 }
 
+mod room;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@
 use super::merge::Retention;
 use super::plan::{Avoid, PlanOptions, Step, step_over};
 use crate::disk::File;
+use crate::model::WallMicros;
 use crate::sstable::TableMeta;
 use crate::tables::edit::TableSetEdit;
 use crate::tables::layout::to_f64;
@@ -27,6 +28,7 @@ pub(super) fn reclaim<F: File>(
     options: &PlanOptions,
     retention: &dyn Retention,
     avoid: &Avoid,
+    now: WallMicros,
 ) -> Option<Reclaim> {
     let share = |table: &TableMeta| {
         let (mut dropped, mut all) = (0, 0);
@@ -54,6 +56,6 @@ pub(super) fn reclaim<F: File>(
             dropped > 0 && is_due(dropped, all)
         })
         .map(|live| step_over(set.layout(), live.entry().summary.span, None))
-        .find(|step| !avoid.forbids(step))
+        .find(|step| avoid.allows(set.layout(), step, now))
         .map(Reclaim::Rewrite)
 }

@@ -19,7 +19,7 @@ use super::reclaim::{Reclaim, reclaim};
 use crate::disk::{Disk, File};
 use crate::error::{Error, Result};
 use crate::model::limits::CLOCK_OFFSET_MAX_US;
-use crate::model::{RecordRef, Token, TokenRange, WallMicros};
+use crate::model::{Instant, RecordRef, Token, TokenRange, WallMicros};
 use crate::options::Options;
 use crate::runtime::Runtime;
 use crate::shard::is_voided;
@@ -38,6 +38,8 @@ const READ_MAX: usize = 1 << 20;
 const DAMAGE_NANOS: u64 = 600_000_000_000;
 /// The same for a range that the disk failed to read.
 const FAULT_NANOS: u64 = 60_000_000_000;
+/// How long after a step found the disk full none as large begins, in nanoseconds.
+const NO_ROOM_NANOS: u64 = 10_000_000_000;
 
 /// How to compact.
 #[derive(Clone, Debug)]
@@ -100,6 +102,9 @@ pub struct Compactor<D: Disk, R: Runtime> {
     settling: Cell<bool>,
     /// What could not be read of late.
     avoid: RefCell<Avoid>,
+    /// Bytes for which there was no room of late although it looked so, and until when no step
+    /// needs as many.
+    no_room: Cell<Option<(u64, Instant)>>,
     stats: Cell<CompactorStats>,
 }
 
@@ -124,6 +129,7 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             running: Cell::new(false),
             settling: Cell::new(false),
             avoid: RefCell::default(),
+            no_room: Cell::new(None),
             stats: Cell::default(),
         }
     }
@@ -143,6 +149,11 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         // What is left when the shard closes is removed at the next open.
         if !self.stop.get() {
             self.tables.collect_garbage().await;
+            if mode == Mode::Relieve && matches!(result, Ok(true)) {
+                // A file system may give space back only when a removal is durable, and nothing
+                // else may be written before.
+                let _ = self.tables.sync_dir().await;
+            }
         }
         result
     }
@@ -169,8 +180,8 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
         let step = match step {
             Some(step) => step,
             None => {
-                let found =
-                    reclaim(&set, &self.options.plan, &*self.retention, &self.avoid.borrow());
+                let (avoid, now) = (self.avoid.borrow().clone(), self.runtime.wall());
+                let found = reclaim(&set, &self.options.plan, &*self.retention, &avoid, now);
                 match found {
                     None => return Ok(false),
                     Some(Reclaim::Remove(edit)) => {
@@ -188,6 +199,11 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
             Err(Ended::Failed(error)) => {
                 self.count(|stats| stats.failed += 1);
                 self.avoid_input(&step, &error);
+                if error.is_full() {
+                    // Others write to the same disk: something smaller is next.
+                    let until = self.runtime.now().after_nanos(NO_ROOM_NANOS);
+                    self.no_room.set(Some((step.bytes / 2, until)));
+                }
                 if let (Error::Corrupt { .. }, Some(hand)) = (&error, step.hand) {
                     let edit = TableSetEdit { hand: Some(hand), ..TableSetEdit::default() };
                     self.tables.commit(Vec::new(), |_| edit).await?;
@@ -195,6 +211,13 @@ impl<D: Disk, R: Runtime> Compactor<D, R> {
                 Err(error)
             }
         }
+    }
+
+    /// Says how many bytes a step may write before it gives any back.
+    pub(crate) fn set_room(&self, bytes: u64) {
+        let cap = self.no_room.get().filter(|(_, until)| *until > self.runtime.now());
+        self.no_room.set(cap);
+        self.avoid.borrow_mut().room = cap.map_or(bytes, |(cap, _)| bytes.min(cap));
     }
 
     /// How far the tables are from their targets.

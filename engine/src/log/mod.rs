@@ -33,6 +33,7 @@
 
 pub mod format;
 mod large;
+pub mod loss;
 mod prepare;
 pub mod replay;
 mod segments;
@@ -42,6 +43,7 @@ mod wait;
 pub mod writer;
 
 pub use format::{Control, LogIdentity, ReplayItem};
+pub use loss::{Loss, OnDamage, keep_aside, remove_damaged};
 pub use replay::{Relief, ReplayEnd, replay, replay_with};
 pub use writer::{CommitLog, LogStats, Sink};
 

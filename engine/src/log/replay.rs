@@ -3,7 +3,8 @@
 //! Invariant: [`replay`] visits exactly a prefix of what was appended, or refuses with the file
 //! and offset. A batch that fails its check is the log's *torn tail* unless something proves that
 //! it was durable once: a later batch whose header says that the log was synced beyond it (each
-//! says how far), a clean close, or a later life that began after it. Then it is *damage*.
+//! says how far), a clean close, or a later life that began after it. Then it is *damage*: if the
+//! caller accepts that, the valid rest is visited too, and what is lost is named (`loss.rs`).
 //!
 //! Later batches that are whole but prove nothing are no contradiction: several were in flight
 //! when the crash came, and any of them may have survived. They were never acknowledged, and are
@@ -21,9 +22,10 @@ use futures_util::stream::FuturesOrdered;
 
 use super::Lsn;
 use super::format::{
-    BATCH_ALIGNMENT_MIN, BATCH_HEADER_SIZE, BATCH_MAGIC, BatchHeader, Control, Invalid,
-    LogIdentity, Records, ReplayItem, SEGMENT_HEADER_SIZE, SegmentHeader, VERSION, parse_name,
+    BATCH_HEADER_SIZE, BatchHeader, Control, Invalid, LogIdentity, Records, ReplayItem,
+    SEGMENT_HEADER_SIZE, SegmentHeader, VERSION, parse_name, segment_name,
 };
+use super::loss::{Claim, Loss, OnDamage, batch_bytes, find_batch, find_claim, refusal};
 use crate::buffer::AlignedBuf;
 use crate::disk::{Disk, File, OpenMode};
 use crate::error::{Error, Result};
@@ -50,6 +52,11 @@ pub struct ReplayEnd {
     pub bytes: u64,
     /// Where the log was cut, if anything was found beyond its end.
     pub torn: Option<TornTail>,
+    /// What was durable once and is lost, if that was accepted.
+    pub losses: Vec<Loss>,
+    /// Segments that something is lost of. The log does not touch them; the caller keeps them
+    /// aside, and removes them when all that could be read is in tables.
+    pub damaged: Vec<PathBuf>,
     pub(super) life: u64,
     pub(super) next_segment: u64,
     pub(super) segments: Vec<OldSegment>,
@@ -95,11 +102,23 @@ impl ReplayEnd {
             records: 0,
             bytes: 0,
             torn: None,
+            losses: Vec::new(),
+            damaged: Vec::new(),
             life: 0,
             next_segment: 1,
             segments: Vec::new(),
             unproven: Vec::new(),
         }
+    }
+
+    /// Counts what follows as lost, up to `logged`: files at the log's end are missing in `dir`.
+    pub(crate) fn lose_end(&mut self, dir: &Path, what: String, logged: Lsn) {
+        let records = Some((self.last.next(), logged));
+        let path = dir.to_owned();
+        self.losses.push(Loss { path, offset: 0, what, records, bytes: 0 });
+        self.last = logged;
+        self.next = self.next.max(logged.next());
+        self.clean = false;
     }
 }
 
@@ -117,22 +136,25 @@ pub async fn replay<D: Disk>(
     from: Lsn,
     visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
 ) -> Result<ReplayEnd> {
-    replay_with(disk, dir, identity, from, visit, &mut || None).await
+    replay_with(disk, dir, identity, from, OnDamage::Refuse, visit, &mut || None).await
 }
 
 /// Work that must be done before replay goes on.
 pub type Relief = Pin<Box<dyn Future<Output = Result<()>>>>;
 
 /// Like [`replay`], asking `relief` after each batch whether there is something to do first: so
-/// that what was visited need not all be held in memory.
+/// that what was visited need not all be held in memory. Where damage is accepted, what the log
+/// says behind it about writes that count as merged is not visited: they may be what is lost.
 ///
 /// # Errors
-/// As [`replay`], and those of the relief.
+/// As [`replay`], and those of the relief. Where damage is accepted, `Corrupt` only when the files
+/// are not those of one log.
 pub async fn replay_with<D: Disk>(
     disk: &D,
     dir: &Path,
     identity: LogIdentity,
     from: Lsn,
+    on_damage: OnDamage,
     visit: &mut dyn FnMut(Lsn, ReplayItem<'_>),
     relief: &mut dyn FnMut() -> Option<Relief>,
 ) -> Result<ReplayEnd> {
@@ -143,16 +165,34 @@ pub async fn replay_with<D: Disk>(
     };
     let mut ids: Vec<u64> = names.iter().filter_map(|name| parse_name(name)).collect();
     ids.sort_unstable();
-    if ids.is_empty() && from > Lsn(1) {
-        return Err(Error::corrupt(
-            dir,
-            0,
-            format!("no log segment is here, but records up to {} were logged", from.0 - 1),
-        ));
-    }
     let mut segments: Vec<Found<D::File>> = Vec::with_capacity(ids.len());
+    let newest = ids.last().copied();
+    let mut end = ReplayEnd::fresh(identity, from);
+    if ids.is_empty() && from > Lsn(1) {
+        let what = format!("no log segment is here, but records up to {} were logged", from.0 - 1);
+        let path = dir.to_owned();
+        end.losses.push(Loss { path, offset: 0, what, records: None, bytes: 0 });
+    }
     for id in ids {
-        let found = Found::open(disk, dir, identity, id).await?;
+        let found = match Found::open(disk, dir, identity, id).await {
+            Ok(found) => found,
+            Err(Error::Corrupt { offset, what, .. }) => {
+                let path = dir.join(segment_name(id));
+                let len = disk.open(&path, OpenMode::Read).await?.len().await?;
+                let bytes = batch_bytes(len);
+                end.losses.push(Loss { path: path.clone(), offset, what, records: None, bytes });
+                end.damaged.push(path);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        if found.len < found.header.size {
+            let (offset, size) = (found.len, found.header.size);
+            let what = format!("cut short: {offset} bytes are left of {size}");
+            let (path, bytes) = (found.path.clone(), size - offset);
+            end.losses.push(Loss { path: path.clone(), offset, what, records: None, bytes });
+            end.damaged.push(path);
+        }
         if let Some(before) = segments.last() {
             found.follows(before)?;
         }
@@ -164,21 +204,25 @@ pub async fn replay_with<D: Disk>(
         from: from.max(Lsn(1)),
         next: from.max(Lsn(1)),
         joined: false,
-        end: ReplayEnd::fresh(identity, from),
+        on_damage,
+        end,
         unproven: VecDeque::new(),
     };
     walk.run(&mut Visitor { visit, relief }).await?;
-    Ok(walk.finish())
+    let end = walk.finish(newest);
+    if on_damage == OnDamage::Refuse && !end.losses.is_empty() {
+        return Err(refusal(&end.losses, end.records));
+    }
+    Ok(end)
 }
 
 /// A segment as found on the disk, its header checked.
-struct Found<F> {
-    id: u64,
-    path: PathBuf,
-    file: F,
-    len: u64,
+pub(super) struct Found<F> {
+    pub(super) path: PathBuf,
+    pub(super) file: F,
+    pub(super) len: u64,
     header: SegmentHeader,
-    salt: u64,
+    pub(super) salt: u64,
     /// Number of the first record, if the first batch has a good header.
     first: Option<Lsn>,
 }
@@ -220,17 +264,13 @@ impl<F: File> Found<F> {
             let what = format!("it says that it is segment {}", header.segment_id);
             return Err(Error::corrupt(path, 16, what));
         }
-        if len < header.size {
-            let what = format!("cut short: {len} bytes are left of {}", header.size);
-            return Err(Error::corrupt(path, len, what));
-        }
         let salt = identity.segment_salt(id, header.life);
         let offset = SEGMENT_HEADER_SIZE;
         let first = bytes
             .get(offset..)
             .and_then(|bytes| BatchHeader::decode(bytes, salt, offset as u64).ok())
             .map(|header| Lsn(header.first));
-        Ok(Found { id, path, file, len, header, salt, first })
+        Ok(Found { path, file, len, header, salt, first })
     }
 
     /// Whether the lives of two neighbours fit together.
@@ -255,6 +295,7 @@ struct Walk<'a, F> {
     next: Lsn,
     /// Whether a batch has been found yet, so that `next` is exact.
     joined: bool,
+    on_damage: OnDamage,
     end: ReplayEnd,
     unproven: VecDeque<Extent>,
 }
@@ -263,6 +304,20 @@ struct Walk<'a, F> {
 struct Visitor<'a> {
     visit: &'a mut dyn FnMut(Lsn, ReplayItem<'_>),
     relief: &'a mut dyn FnMut() -> Option<Relief>,
+}
+
+/// Where the walk is.
+#[derive(Clone, Copy)]
+struct Place {
+    segment: usize,
+    offset: u64,
+}
+
+impl Place {
+    /// The first batch of a segment.
+    fn start_of(segment: usize) -> Place {
+        Place { segment, offset: SEGMENT_HEADER_SIZE as u64 }
+    }
 }
 
 /// How the walk through one segment ended.
@@ -312,7 +367,7 @@ impl<F: File> Walk<'_, F> {
         let whole = index == 0 || self.segments[index - 1].header.life != life;
         if whole && self.next.0 <= header.life_first {
             if header.life_after >= self.next.0 {
-                return Err(self.missing(index, header.life_after));
+                self.note_missing(index, header.life_after);
             }
             // Nothing was logged between the lives: the numbers in between were skipped.
             self.next = Lsn(header.life_first);
@@ -320,33 +375,28 @@ impl<F: File> Walk<'_, F> {
         self.joined = self.joined && whole && self.next.0 == header.life_first;
         // What the next life found here; the rest is void.
         let bound = self.segments.get(after_life).map(|found| Lsn(found.header.life_after));
-        let mut at = index;
+        let mut at = Place::start_of(index);
         loop {
             let before = (self.joined, self.next);
             let stop = self.walk_segment(at, bound, visitor).await?;
             // A segment without valid records is free for use at once.
             let last = if (self.joined, self.next) == before { 0 } else { self.next.0 - 1 };
-            let path = self.segments[at].path.clone();
-            self.end.segments.push(OldSegment { path, last: Lsn(last) });
+            self.leave(at.segment, Lsn(last));
             // A segment that was given its name but could not be opened was never written to:
             // the log went on in the one after it.
-            let goes_on = self.segments[at + 1..after_life]
+            let goes_on = self.segments[at.segment + 1..after_life]
                 .iter()
                 .position(|found| found.first == Some(self.next))
-                .map(|between| at + 1 + between);
+                .map(|between| Place::start_of(at.segment + 1 + between));
             let next = match goes_on {
-                Some(next) => next,
-                None => {
-                    self.judge(at, after_life, &stop).await?;
-                    after_life
-                }
+                Some(next) => Some(next),
+                None => self.judge(at.segment, after_life, &stop).await?,
             };
-            for found in &self.segments[at + 1..next] {
-                self.end.segments.push(OldSegment { path: found.path.clone(), last: Lsn::ZERO });
+            let passed = next.map_or(after_life, |next| next.segment);
+            for index in at.segment + 1..passed {
+                self.leave(index, Lsn::ZERO);
             }
-            if next == after_life {
-                break;
-            }
+            let Some(next) = next else { break };
             at = next;
         }
         self.end.life = life;
@@ -358,17 +408,26 @@ impl<F: File> Walk<'_, F> {
         Ok(after_life)
     }
 
-    /// Visits the batches of one segment up to the first that is not the next of the log.
+    /// Notes up to which record a segment is needed. It may be left twice, with damage in between.
+    fn leave(&mut self, at: usize, last: Lsn) {
+        let path = &self.segments[at].path;
+        match self.end.segments.last_mut() {
+            Some(left) if left.path == *path => left.last = left.last.max(last),
+            _ => self.end.segments.push(OldSegment { path: path.clone(), last }),
+        }
+    }
+
+    /// Visits the batches of one segment from `at` up to the first that is not the next of the log.
     async fn walk_segment(
         &mut self,
-        at: usize,
+        at: Place,
         bound: Option<Lsn>,
         visitor: &mut Visitor<'_>,
     ) -> Result<Stop> {
-        let found = &self.segments[at];
+        let found = &self.segments[at.segment];
         let record_salt = self.identity.record_salt(found.header.life);
-        let mut window = Window::new(&found.file, SEGMENT_HEADER_SIZE as u64, found.len);
-        let mut offset = SEGMENT_HEADER_SIZE as u64;
+        let mut window = Window::new(&found.file, at.offset, found.len);
+        let mut offset = at.offset;
         let stop = loop {
             let stop = |why, begun| Stop { offset, why, begun };
             let bytes = window.get(offset, BATCH_HEADER_SIZE).await?;
@@ -402,10 +461,12 @@ impl<F: File> Walk<'_, F> {
                 self.end.clean = item == ReplayItem::Control(Control::Close);
                 if lsn >= self.from {
                     self.end.records += 1;
-                    (visitor.visit)(lsn, item);
+                    if self.is_shown(&item) {
+                        (visitor.visit)(lsn, item);
+                    }
                 }
             }
-            self.note_durable(at, offset, &header);
+            self.note_durable(at.segment, offset, &header);
             offset += size as u64;
             while let Some(relief) = (visitor.relief)() {
                 relief.await?;
@@ -413,6 +474,13 @@ impl<F: File> Walk<'_, F> {
         };
         self.end.bytes += offset;
         Ok(stop)
+    }
+
+    /// Whether the caller is to see an item: see [`replay_with`].
+    fn is_shown(&self, item: &ReplayItem<'_>) -> bool {
+        self.end.losses.is_empty()
+            || (self.on_damage == OnDamage::Accept
+                && !matches!(item, ReplayItem::Control(Control::Seen { .. })))
     }
 
     /// Keeps the list of extents that no batch so far has declared durable.
@@ -430,67 +498,143 @@ impl<F: File> Walk<'_, F> {
         }
     }
 
-    /// Decides whether the life ends where its walk stopped, or whether a hole follows.
-    async fn judge(&mut self, at: usize, after_life: usize, stop: &Stop) -> Result<()> {
-        if let Some(next_life) = self.segments.get(after_life)
-            && next_life.header.life_after >= self.next.0
-        {
-            return Err(self.damage(at, stop, next_life.header.life_after, next_life, 32));
+    /// Decides whether the life ends where its walk stopped, or whether a hole follows. Behind a
+    /// hole gives the place where the log goes on, if it does.
+    async fn judge(&mut self, at: usize, after_life: usize, stop: &Stop) -> Result<Option<Place>> {
+        let Some(claim) = self.claim(at, after_life, stop).await? else { return Ok(None) };
+        let life = self.segments[at].header.life;
+        let record_salt = self.identity.record_salt(life);
+        // Later batches that prove nothing and do not join are void, as behind any torn one.
+        let first = if self.joined { self.next.0 } else { 1 };
+        let wanted = first..=claim.synced + 1;
+        let mut place = None;
+        for (index, found) in self.segments.iter().enumerate().take(after_life).skip(at) {
+            let start = if index == at { stop.offset } else { SEGMENT_HEADER_SIZE as u64 };
+            if let Some((offset, first)) =
+                find_batch(found, start, wanted.clone(), record_salt).await?
+            {
+                place = Some((Place { segment: index, offset }, first));
+                break;
+            }
         }
-        if after_life < self.segments.len() {
-            // What lies beyond has been void since the next life began.
-            return Ok(());
+        let next = place.map_or(Lsn(claim.synced + 1), |(_, first)| first);
+        let missing = self.next.max(self.from);
+        if next > missing {
+            let until = place.map_or(Place::start_of(after_life), |(place, _)| place);
+            self.note_damage(at, until, stop, missing, Lsn(next.0 - 1), &claim);
+        }
+        if self.joined || next > self.next {
+            (self.joined, self.next) = (true, next);
+        }
+        self.end.clean = false;
+        Ok(place.map(|(place, _)| place))
+    }
+
+    /// What proves that more was durable than the walk has found; notes a torn tail if nothing does.
+    async fn claim(&mut self, at: usize, after_life: usize, stop: &Stop) -> Result<Option<Claim>> {
+        if let Some(next_life) = self.segments.get(after_life) {
+            let synced = next_life.header.life_after;
+            let by = next_life.path.file_name().unwrap_or_default().display().to_string();
+            // Otherwise: what lies beyond has been void since the next life began.
+            return Ok((synced >= self.next.0).then_some(Claim { synced, by, offset: 32 }));
         }
         let mut begun = stop.begun;
+        let mut furthest: Option<Claim> = None;
         for index in at..after_life {
             let found = &self.segments[index];
             let start = if index == at { stop.offset } else { SEGMENT_HEADER_SIZE as u64 };
-            let claim = find_claim(found, start, self.next).await?;
-            if let Some((offset, synced)) = claim.proof {
-                return Err(self.damage(at, stop, synced, found, offset));
+            let (claim, batches) = find_claim(found, start, self.next).await?;
+            if claim.as_ref().map(|it| it.synced) > furthest.as_ref().map(|it| it.synced) {
+                furthest = claim;
             }
-            begun |= claim.batches > 0;
+            begun |= batches > 0;
         }
-        if begun {
+        if begun && furthest.is_none() {
             let path = self.segments[at].path.clone();
             self.end.torn = Some(TornTail { path, offset: stop.offset });
             self.end.clean = false;
         }
-        Ok(())
+        Ok(furthest)
     }
 
-    fn damage(&self, at: usize, stop: &Stop, synced: u64, by: &Found<F>, offset: u64) -> Error {
-        let name = by.path.file_name().unwrap_or_default().display();
+    /// Takes note that records `first` to `last` are missing between the stop and `until`.
+    fn note_damage(
+        &mut self,
+        at: usize,
+        until: Place,
+        stop: &Stop,
+        first: Lsn,
+        last: Lsn,
+        claim: &Claim,
+    ) {
+        let Claim { synced, by, offset } = claim;
         let what = format!(
-            "{}; records {} to {synced} were durable once ({name} says so at offset {offset})",
-            stop.why.0, self.next.0,
+            "{}; records {} to {synced} were durable once ({by} says so at offset {offset})",
+            stop.why.0, first.0,
         );
-        Error::corrupt(&self.segments[at].path, stop.offset, what)
+        let path = self.segments[at].path.clone();
+        let mut bytes = 0;
+        for index in at..self.segments.len().min(until.segment + 1) {
+            let from = if index == at { stop.offset } else { SEGMENT_HEADER_SIZE as u64 };
+            let is_last = index == until.segment;
+            let to = if is_last { until.offset } else { self.segments[index].len };
+            bytes += to.saturating_sub(from);
+            let is_noted = self.end.damaged.contains(&self.segments[index].path);
+            if (!is_last || to > from) && !is_noted {
+                self.end.damaged.push(self.segments[index].path.clone());
+            }
+        }
+        self.end.losses.push(Loss {
+            path,
+            offset: stop.offset,
+            what,
+            records: Some((first, last)),
+            bytes,
+        });
     }
 
-    fn missing(&self, index: usize, last: u64) -> Error {
-        let found = &self.segments[index];
+    /// Takes note that the segments of the lives before this one are missing.
+    fn note_missing(&mut self, index: usize, last: u64) {
+        let path = self.segments[index].path.clone();
+        let first = self.next;
         let what = format!(
             "records {} to {last}, which were durable once, lie in no segment before this one",
-            self.next.0
+            first.0
         );
-        Error::corrupt(&found.path, 32, what)
+        self.end.losses.push(Loss {
+            path,
+            offset: 32,
+            what,
+            records: Some((first, Lsn(last))),
+            bytes: 0,
+        });
     }
 
-    fn finish(self) -> ReplayEnd {
+    fn finish(self, newest: Option<u64>) -> ReplayEnd {
         let mut end = self.end;
-        if let Some(last) = self.segments.last() {
-            end.next_segment = last.id + 1;
+        if let Some(newest) = newest {
+            end.next_segment = newest + 1;
             end.last = Lsn(self.next.0 - 1);
             end.next = self.next.max(self.from);
         }
         end.unproven = self.unproven.into();
+        if !end.losses.is_empty() {
+            end.clean = false;
+            // A segment that cannot be told may be of a later life; its number is not used again.
+            end.life += end.damaged.len() as u64;
+            end.last = end.last.max(Lsn(1));
+            end.next = end.next.max(end.last.next());
+            let damaged = &end.damaged;
+            end.segments.retain(|old| !damaged.contains(&old.path));
+            // Nothing is written to before all that could be read is in tables.
+            end.segments.iter_mut().for_each(|old| old.last = end.last);
+        }
         end
     }
 }
 
 /// Checks all records of a batch.
-fn check(
+pub(super) fn check(
     records: &[u8],
     header: &BatchHeader,
     record_salt: u64,
@@ -503,40 +647,10 @@ fn check(
     if count == header.count { Ok(()) } else { Err(Invalid("batch header counts other records")) }
 }
 
-/// What lies in a segment beyond the end of the log.
-struct Claim {
-    /// Good batch headers seen.
-    batches: u64,
-    /// Offset of a batch that says how far the log was synced, when that is `next` or beyond.
-    proof: Option<(u64, u64)>,
-}
-
-/// Looks at every place where a batch may start, from `start` to the segment's end.
-async fn find_claim<F: File>(found: &Found<F>, start: u64, next: Lsn) -> Result<Claim> {
-    let mut window = Window::new(&found.file, start, found.len);
-    let mut claim = Claim { batches: 0, proof: None };
-    let mut offset = start;
-    let magic = BATCH_MAGIC.to_le_bytes();
-    while offset < found.len {
-        let bytes = window.get(offset, BATCH_ALIGNMENT_MIN).await?;
-        if bytes.get(4..8) == Some(&magic)
-            && let Ok(header) = BatchHeader::decode(bytes, found.salt, offset)
-        {
-            claim.batches += 1;
-            if header.synced >= next.0 {
-                claim.proof = Some((offset, header.synced));
-                return Ok(claim);
-            }
-        }
-        offset += BATCH_ALIGNMENT_MIN as u64;
-    }
-    Ok(claim)
-}
-
 type Read = Pin<Box<dyn Future<Output = Result<AlignedBuf>>>>;
 
 /// A sliding window over a file, filled by large reads ahead of need.
-struct Window<'a, F> {
+pub(super) struct Window<'a, F> {
     file: &'a F,
     end: u64,
     ahead: FuturesOrdered<Read>,
@@ -547,7 +661,7 @@ struct Window<'a, F> {
 
 impl<F: File> Window<'_, F> {
     /// Reading starts at `start`, a multiple of every alignment or of the file's own.
-    fn new(file: &F, start: u64, end: u64) -> Window<'_, F> {
+    pub(super) fn new(file: &F, start: u64, end: u64) -> Window<'_, F> {
         // Rounded down, because direct reads start at multiples of the file's alignment.
         let base = start / SEGMENT_HEADER_SIZE as u64 * SEGMENT_HEADER_SIZE as u64;
         let bytes = AlignedBuf::with_capacity(0);
@@ -555,7 +669,7 @@ impl<F: File> Window<'_, F> {
     }
 
     /// The bytes at `offset`: `size` of them, or fewer at the file's end. Offsets never go back.
-    async fn get(&mut self, offset: u64, size: usize) -> Result<&[u8]> {
+    pub(super) async fn get(&mut self, offset: u64, size: usize) -> Result<&[u8]> {
         while self.bytes.len() < self.skip(offset) + size {
             while self.ahead.len() < READS_AHEAD && self.ask_next < self.end {
                 self.ahead.push_back(Box::pin(self.file.read_at(self.ask_next, READ_SIZE)));

@@ -17,6 +17,7 @@ use super::format::{
     BATCH_SIZE_CEILING, Control, ReplayItem, encode_control, encode_record, record_size,
 };
 use super::large::Large;
+use super::loss::kept_aside;
 use super::replay::ReplayEnd;
 use super::segments::{Life, SegmentMaker, make_durable, never, remove_temporaries};
 use super::state::{Shared, State, Used};
@@ -126,12 +127,19 @@ impl<D: Disk, R: Runtime> CommitLog<D, R> {
         // The newest segment is left alone until the new one is there: its header is what the log
         // knows of earlier lives.
         let newest = if newest_is_free { free.pop_back() } else { None };
+        // A start that gave up damaged segments was cut short before it could remove them.
+        let aside = kept_aside(&maker.disk, &maker.dir).await?;
+        let (kept, mut free): (VecDeque<_>, VecDeque<_>) =
+            free.into_iter().partition(|path| aside.contains(path));
         let recycled = free.pop_front();
         let first = match &recycled {
             Some(path) => maker.recycle(path, end.next_segment).await?,
             None => maker.create(end.next_segment, &never).await?,
         };
-        free.extend(newest);
+        for path in kept.iter().chain(newest.iter().filter(|path| aside.contains(path))) {
+            maker.disk.remove(path).await?;
+        }
+        free.extend(newest.filter(|path| !aside.contains(path)));
         let last = end.next.0 - 1;
         let mut state = State::new(&options, end.next);
         state.used = used;

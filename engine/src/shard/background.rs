@@ -42,11 +42,14 @@ const WARM_NAME_NEW: &str = "WARM.new";
 impl<D: Disk, R: Runtime> Shard<D, R> {
     /// Starts the shard's own tasks.
     pub(crate) fn start_tasks(&self) {
-        use BackgroundTask::{Compaction, Flush, WarmUp, Watch};
+        use BackgroundTask::{Compaction, Flush, Scrub, WarmUp, Watch};
         self.start(Flush, |shard| async move { shard.flush_loop().await });
         self.start(Compaction, |shard| async move { shard.compaction_loop().await });
         self.start(Watch, |shard| async move { shard.watch_loop().await });
         self.start(WarmUp, |shard| async move { shard.warm_up().await });
+        if !self.state.options.replicated {
+            self.start(Scrub, |shard| async move { shard.scrub_loop().await });
+        }
     }
 
     fn start<F: Future<Output = ()> + 'static>(
@@ -79,7 +82,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 
     /// Sleeps, but not beyond the order to stop.
-    async fn pause(&self, nanos: u64) {
+    pub(super) async fn pause(&self, nanos: u64) {
         let until = self.state.runtime.now().after_nanos(nanos);
         let ticket = self.state.lifecycle.ticket();
         if self.state.stop.get() {
@@ -186,8 +189,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
             // With new data refused, what deletes and overwrites leave behind is all the room
             // there will be: bring every upper table down, where tombstones end.
+            if let Ok(space) = state.disk.space(&state.dir).await {
+                state.space.update(space);
+            }
+            state.compactor.set_room(state.space.room(state.options.memtable_size as u64));
             let mode = match (state.space.level() >= SpaceLevel::RefuseData, idle) {
-                (true, _) => Mode::Drain,
+                (true, _) => Mode::Relieve,
                 (false, true) => Mode::Idle,
                 (false, false) => Mode::Busy,
             };

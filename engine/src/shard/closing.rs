@@ -33,15 +33,18 @@ pub enum BackgroundTask {
     Watch,
     /// Reads the blocks that were hot before the restart.
     WarmUp,
+    /// Reads table blocks to check them.
+    Scrub,
 }
 
 impl BackgroundTask {
     /// All of them.
-    pub const ALL: [BackgroundTask; 4] = [
+    pub const ALL: [BackgroundTask; 5] = [
         BackgroundTask::Flush,
         BackgroundTask::Compaction,
         BackgroundTask::Watch,
         BackgroundTask::WarmUp,
+        BackgroundTask::Scrub,
     ];
 
     /// Its bit in [`Closing::tasks`].
@@ -52,6 +55,7 @@ impl BackgroundTask {
             BackgroundTask::Compaction => 2,
             BackgroundTask::Watch => 4,
             BackgroundTask::WarmUp => 8,
+            BackgroundTask::Scrub => 16,
         }
     }
 
@@ -63,6 +67,7 @@ impl BackgroundTask {
             BackgroundTask::Compaction => "compaction",
             BackgroundTask::Watch => "watch",
             BackgroundTask::WarmUp => "warm-up",
+            BackgroundTask::Scrub => "scrub",
         }
     }
 }

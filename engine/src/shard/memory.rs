@@ -101,6 +101,20 @@ impl Memory {
         }
     }
 
+    /// Behind a hole in the log: a record of a later incarnation than is known says that the drop of
+    /// its partition is among what is lost.
+    pub(crate) fn follow_incarnation(&mut self, record: &RecordRef<'_>) {
+        let partition = self.replicas.partition(record.token);
+        if let Some(incarnation) = record.incarnation.checked_sub(1)
+            && incarnation >= self.replicas.of(partition).incarnation
+        {
+            let bits = self.replicas.bits();
+            self.replicas.control(&Control::DropPartition { partition, incarnation });
+            self.active.remove_partition(partition, bits, incarnation);
+            self.touched.note_whole(partition);
+        }
+    }
+
     /// Seals the active memtable if anything was shown since the last time.
     pub(crate) fn seal(&mut self) {
         if self.last == self.sealed_last {

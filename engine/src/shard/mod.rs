@@ -25,6 +25,7 @@ mod replicas;
 mod replicate;
 mod retention;
 mod scan;
+mod scrub;
 mod snapshot;
 mod space;
 mod touched;
@@ -49,6 +50,7 @@ pub(crate) use notify::Notify;
 pub(crate) use read_times::ReadTimes;
 pub(crate) use replicas::{FIRST_INCARNATION, Replicas};
 pub(crate) use retention::Keep;
+pub(crate) use scrub::Scrub;
 pub(crate) use space::{SpaceWatch, Thresholds};
 pub(crate) use unknown::{Damaged, is_voided};
 pub(crate) use versions::{Unsettled, Versions};
@@ -134,6 +136,10 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     pub(crate) stop: Rc<Cell<bool>>,
     /// Told when closing begins and when a background task ends.
     pub(crate) lifecycle: Notify,
+    /// Which blocks are read next, only to check them.
+    pub(crate) scrub: Scrub,
+    /// Told when all of them are to be read.
+    pub(crate) scrub_asked: Notify,
     /// Told when a flush has brought compaction something to do.
     pub(crate) work: Notify,
     /// [`BackgroundTask::bit`]s.
@@ -158,6 +164,16 @@ pub struct Counters {
     pub corrupt_reads: u64,
     /// Reads that the disk failed.
     pub failed_reads: u64,
+    /// Pieces of the tables that were read only to check them.
+    pub scrubbed_pieces: u64,
+    /// Their bytes.
+    pub scrubbed_bytes: u64,
+    /// Blocks that were found damaged by that.
+    pub scrub_damaged: u64,
+    /// Parts of the log that were given up when the shard was opened.
+    pub log_losses: u64,
+    /// Records in them, as far as anything says how many.
+    pub log_records_lost: u64,
 }
 
 /// Where a shard stands, for metrics and `stats`.

@@ -17,7 +17,7 @@ use std::rc::Rc;
 use super::{Memory, Shard, ShardState};
 use crate::cache::BlockCache;
 use crate::disk::Disk;
-use crate::log::Control;
+use crate::log::{Control, OnDamage};
 use crate::model::{Record, Token};
 use crate::options::Durability;
 use crate::recover;
@@ -50,6 +50,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
             &old.identity,
             old.options,
             old.compression.clone(),
+            OnDamage::Refuse,
         )
         .await?;
         let new = &*shard.state;

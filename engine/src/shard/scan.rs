@@ -182,7 +182,9 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     }
 
     fn noting<T>(&self, result: Result<T>) -> Result<T> {
-        result.inspect_err(|error| self.note_damage(error))
+        result.inspect_err(|error| {
+            self.note_damage(error);
+        })
     }
 
     /// The record with the least key behind `place`, merged from memory and cursors, which are

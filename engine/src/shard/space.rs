@@ -66,6 +66,13 @@ impl SpaceWatch {
         }
     }
 
+    /// Bytes that a compaction step may write before it gives any back: all that is free, the
+    /// reserve too, as that is what it is for; but a flush of a memtable must still find its place,
+    /// for tombstones give nothing back before they are in a table.
+    pub(crate) fn room(&self, memtable_size: u64) -> u64 {
+        self.last.get().free.saturating_sub(memtable_size.min(self.thresholds.reserve / 2))
+    }
+
     /// The error for a write that the present level refuses.
     pub(crate) fn refusal(&self) -> Error {
         let Space { free, total } = self.last.get();

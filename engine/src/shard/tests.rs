@@ -11,8 +11,10 @@ use crate::sim::{SimDisk, SimDiskOptions, SimExecutor, SimRuntime};
 mod closing;
 mod damage;
 mod full;
+mod loss;
 mod poison;
 mod replicas;
+mod scrub;
 mod tail;
 mod unknown;
 

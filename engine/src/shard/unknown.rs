@@ -1,5 +1,5 @@
-//! Ranges of tokens whose records are not all readable: a block fails its check, or a table was put
-//! aside when the shard was opened.
+//! Ranges of tokens whose records are not all readable: a block fails its check, a table was put
+//! aside when the shard was opened, or a part of a member's log was given up.
 //!
 //! Invariant: a key whose record may lie there is answered with `Corrupt`, never with absence, until
 //! the range was declared whole again ([`Shard::clear_unknown`]). Then what cannot be read is not
@@ -10,9 +10,10 @@
 use crate::disk::{Disk, File};
 use crate::log::Lsn;
 use crate::model::{Timestamp, Token, TokenRange};
+use crate::recover::LOG_DIR;
 use crate::runtime::Runtime;
 use crate::sstable::TableId;
-use crate::tables::facts::{Facts, Lost};
+use crate::tables::facts::{Facts, LOG, Lost};
 use crate::tables::{Layout, Ranges, TableSet, TableSetEdit, quarantine_name};
 use crate::{Error, Result};
 
@@ -96,21 +97,22 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         Ok(())
     }
 
-    /// Takes note of a block that fails its check.
-    pub(super) fn note_damage(&self, error: &Error) {
-        let Error::Corrupt { path, offset, .. } = error else { return };
+    /// Takes note of a block that fails its check. Whether it was not known.
+    pub(super) fn note_damage(&self, error: &Error) -> bool {
+        let Error::Corrupt { path, offset, .. } = error else { return false };
         let name = path.file_name().and_then(|name| name.to_str());
-        let Some(table) = name.and_then(TableId::from_file_name) else { return };
+        let Some(table) = name.and_then(TableId::from_file_name) else { return false };
         let set = self.state.tables.current();
-        let Some(live) = set.table(table) else { return };
-        let Some(tokens) = live.tokens_at(*offset) else { return };
+        let Some(live) = set.table(table) else { return false };
+        let Some(tokens) = live.tokens_at(*offset) else { return false };
         let mut damaged = self.state.damaged.borrow_mut();
         let known = |known: &Damaged| (known.table, known.offset) == (table, *offset);
         if damaged.iter().any(known) || is_voided(set.layout(), table, error) {
-            return;
+            return false;
         }
         damaged.retain(|damaged| set.table(damaged.table).is_some());
         damaged.push(Damaged { table, offset: *offset, left: Ranges::of(tokens) });
+        true
     }
 
     /// Whether a record of the token that was lost with its table could be newer than this.
@@ -142,6 +144,10 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
 
     #[cold]
     fn lost_error(&self, lost: &Lost) -> Error {
+        if lost.table == LOG {
+            let dir = self.state.dir.join(LOG_DIR);
+            return Error::corrupt(dir, 0, "the log was damaged and records of it were given up");
+        }
         let path = self.state.tables.identity(lost.table).path;
         let path = path.with_file_name(quarantine_name(lost.table));
         Error::corrupt(path, 0, "the table was damaged and put aside; its records are missing")

@@ -38,10 +38,13 @@ impl Default for Replica {
     }
 }
 
-/// Tokens whose records in one table are lost, because the table was put aside.
+/// In the place of a table's number: the commit log, a part of which was given up. No table has it.
+pub const LOG: TableId = TableId(0);
+
+/// Tokens whose records in one table are lost, because the table was put aside; or in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lost {
-    /// The table.
+    /// The table, or [`LOG`].
     pub table: TableId,
     /// Its tokens that were live, or a part of them.
     pub range: TokenRange,

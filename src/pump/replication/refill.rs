@@ -134,8 +134,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     fn begin_refill(&mut self, unknown: &[TokenRange]) {
         let bits = self.map.partition_bits();
+        let Some(own) = self.replication.as_ref().map(|it| it.topology.own()) else { return };
         let parts: Vec<(PartitionId, TokenRange)> = self
             .own_partitions()
+            // What is not held here is not missed.
+            .filter(|partition| !self.namespaces_of(*partition, own).is_empty())
             .flat_map(|partition| {
                 let whole = partition.range(bits);
                 let met = unknown.iter().filter(move |range| range.overlaps(&whole));
@@ -153,7 +156,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         let (partition, range) = parts[attempt % parts.len()];
         let Some(replication) = &self.replication else { return };
-        let own = replication.topology.own();
         let held = self.namespaces_of(partition, own);
         let may_help = |node: &NodeId| {
             let theirs = self.namespaces_of(partition, *node);

@@ -323,8 +323,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     }
 
     /// Compares all partitions now, those of one number of copies or of all; reads all if `scrub`.
+    /// A node of its own has nothing to compare with.
     pub fn start_repair(&mut self, only: Option<u8>, scrub: bool) {
-        let Some(replication) = &self.replication else { return };
+        let Some(replication) = &self.replication else {
+            if scrub {
+                self.shard.scrub_all();
+            }
+            return;
+        };
         let factors: Vec<u8> = replication.repair.factors.keys().copied().collect();
         for factor in factors.into_iter().filter(|factor| only.is_none_or(|it| it == *factor)) {
             self.repair(factor, |repairer, moment, local| {
@@ -627,19 +633,39 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         for Factor { repairer, .. } in replication.repair.factors.values() {
             add_status(&mut status, &repairer.borrow().status());
         }
-        let bits = self.map.partition_bits();
-        let unknown = self.shard.unknown_ranges();
-        let is_damaged = |partition: &PartitionId| {
-            unknown.iter().any(|range| range.overlaps(&partition.range(bits)))
-        };
-        let damaged =
-            if unknown.is_empty() { 0 } else { self.own_partitions().filter(is_damaged).count() };
+        let damaged = self.damaged_partitions();
         Some(RepairFigures {
             convergence: replication.tracking.convergence(&view),
-            damaged: u32::try_from(damaged).unwrap_or(u32::MAX),
+            damaged,
             status,
             waiting_for: replication.tracking.tombstones_waiting_for(&view),
         })
+    }
+}
+
+impl<D: Disk, R: Runtime> Pump<D, R> {
+    /// Partitions of this shard with a range that cannot be read.
+    pub(in crate::pump) fn damaged_partitions(&self) -> u32 {
+        let unknown = self.shard.unknown_ranges();
+        if unknown.is_empty() {
+            return 0;
+        }
+        let bits = self.map.partition_bits();
+        let is_damaged = |partition: &PartitionId| {
+            unknown.iter().any(|range| range.overlaps(&partition.range(bits)))
+        };
+        u32::try_from(self.own_partitions().filter(is_damaged).count()).unwrap_or(u32::MAX)
+    }
+
+    /// What a node of its own has to say instead of [`RepairFigures`].
+    pub(in crate::pump) fn note_scrub_in(&self, snapshot: &mut ShardSnapshot) {
+        let scrubbed = self.shard.stats().counters;
+        let counters = &mut snapshot.metrics.counters;
+        counters.scrubbed_leaves = scrubbed.scrubbed_pieces;
+        counters.scrub_damaged = scrubbed.scrub_damaged;
+        counters.repair_read_bytes = scrubbed.scrubbed_bytes;
+        snapshot.gauges.scrub_bytes_left = self.shard.scrub_bytes_left();
+        snapshot.gauges.partitions_damaged = self.damaged_partitions().into();
     }
 }
 

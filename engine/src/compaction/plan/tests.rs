@@ -290,7 +290,7 @@ fn a_partition_larger_than_a_table_gets_several() {
 
 #[test]
 fn an_empty_layout_needs_nothing() {
-    for mode in [Mode::Busy, Mode::Idle, Mode::Settle, Mode::Drain] {
+    for mode in [Mode::Busy, Mode::Idle, Mode::Settle, Mode::Drain, Mode::Relieve] {
         assert_eq!(plan(&Layout::default(), &PlanOptions::default(), WallMicros(0), mode), None);
     }
     let pressure = Pressure::of(&Layout::default(), &PlanOptions::default());
@@ -324,6 +324,110 @@ fn a_table_whose_records_expired_is_rewritten_once() {
     assert_eq!(at(&layout_of(added), 9_000), None);
 }
 
+/// Four last-level tables of 8 MiB, a quarter of the ring each, and upper tables over them:
+/// which quarters each covers, its bytes, and how many of its records are tombstones.
+fn quarters(upper: &[(u64, u64, u64, u64)]) -> Layout {
+    const QUARTER: u64 = 1 << 62;
+    let ends = |first: u64, last: u64| (first * QUARTER, last * QUARTER + (QUARTER - 1));
+    let mut added: Vec<_> = (0..4)
+        .map(|it| table(it + 1, Level::Last, ends(it, it), 8 << 20))
+        .map(|mut table| {
+            table.summary.record_count = 1000;
+            table
+        })
+        .collect();
+    for (id, (first, last, bytes, tombstones)) in (5..).zip(upper) {
+        let mut upper = table(id, Level::Upper { order: id - 5 }, ends(*first, *last), *bytes);
+        upper.summary.record_count = 1000;
+        upper.summary.tombstone_count = *tombstones;
+        added.push(upper);
+    }
+    Layout::default().apply(&TableSetEdit { added, ..TableSetEdit::default() }).unwrap()
+}
+
+fn quarter_options() -> PlanOptions {
+    PlanOptions { table_size: 8 << 20, memtable_size: 1 << 10, ..options(0.0001, 64) }
+}
+
+fn with_room(layout: &Layout, mode: Mode, room: u64) -> Option<Step> {
+    let avoid = Avoid { room, ..Avoid::default() };
+    plan_around(layout, &quarter_options(), WallMicros(0), mode, &avoid)
+}
+
+#[test]
+fn a_step_whose_output_does_not_fit_is_passed_over_for_one_that_does() {
+    // New data at the hand, tombstones for all of the last quarter.
+    let layout = quarters(&[(0, 1, 2 << 20, 0), (3, 3, 1 << 20, 1000)]);
+    let first = |mode, room| with_room(&layout, mode, room).map(|step| step.last[0].0);
+    assert_eq!(first(Mode::Drain, u64::MAX), Some(1), "the hand's place");
+    for mode in [Mode::Busy, Mode::Drain] {
+        assert_eq!(first(mode, 9 << 20), Some(1));
+        assert_eq!(first(mode, (9 << 20) - 1), Some(4), "{mode:?}: what is hidden is not written");
+        assert_eq!(first(mode, (1 << 20) - 1), None, "{mode:?}");
+    }
+    // Its last-level table alone is larger than what is free, and there is nothing else.
+    let layout = quarters(&[(0, 0, 1 << 20, 0)]);
+    for mode in [Mode::Busy, Mode::Drain, Mode::Relieve] {
+        assert!(with_room(&layout, mode, 9 << 20).is_some());
+        assert_eq!(with_room(&layout, mode, 8 << 20), None, "{mode:?}");
+    }
+}
+
+#[test]
+fn with_little_space_what_gives_back_most_goes_first() {
+    let layout = quarters(&[(0, 0, 3 << 20, 0), (2, 2, 1 << 20, 500), (3, 3, 1 << 20, 1000)]);
+    let first = |room| with_room(&layout, Mode::Relieve, room).map(|step| step.last[0].0);
+    assert_eq!(first(u64::MAX), Some(4));
+    let mut without =
+        layout.apply(&TableSetEdit { removed: vec![TableId(7)], ..TableSetEdit::default() });
+    let layout = without.as_mut().unwrap();
+    assert_eq!(with_room(layout, Mode::Relieve, u64::MAX).unwrap().last, [TableId(3)]);
+}
+
+#[test]
+fn where_nothing_fits_the_last_level_upper_tables_are_merged_among_themselves() {
+    let layout = quarters(&[(0, 3, 4 << 20, 0), (0, 3, 4 << 20, 0), (1, 3, 3 << 20, 0)]);
+    for room in [1 << 20, 2 << 20] {
+        let step = with_room(&layout, Mode::Relieve, room).expect("a small one");
+        assert!(step.last.is_empty() && step.upper.len() == 3, "{step:?}");
+        assert!(step.bytes <= room && step.bytes > room / 2, "{room}: {step:?}");
+    }
+    assert_eq!(with_room(&layout, Mode::Relieve, 64 << 10), None, "not worth a step");
+    // With one table at each token there is nothing to overwrite.
+    let layout = quarters(&[(0, 1, 4 << 20, 0), (2, 3, 4 << 20, 0)]);
+    assert_eq!(with_room(&layout, Mode::Relieve, 2 << 20), None);
+}
+
+#[test]
+fn on_a_full_disk_every_step_fits_and_deletes_give_all_of_it_back() {
+    let (mut store, keys) = loaded(24, options(0.30, 64));
+    store.settle(Mode::Drain);
+    // The deletes come while nothing is compacted, and leave a quarter of a table's room.
+    for key in 0..keys {
+        let token = Token::of_key(&key.to_le_bytes(), 7).0;
+        store.memtable.insert(token, Version { number: u64::MAX - 1, live: false });
+        if store.memtable.len() as u64 == 4 * MEMTABLE {
+            store.flush();
+        }
+    }
+    store.flush();
+    let disk = store.space() + MEMTABLE * KIB / 4;
+    let mut steps = 0;
+    loop {
+        let room = disk - store.space();
+        let avoid = Avoid { room, ..Avoid::default() };
+        let now = WallMicros(0);
+        let step = plan_around(&store.layout, &store.options, now, Mode::Relieve, &avoid);
+        let Some(step) = step else { break };
+        store.space_max = 0;
+        store.run(&step);
+        assert!(store.space_max <= disk, "step {steps}: {} of {disk}", store.space_max);
+        steps += 1;
+    }
+    assert!(steps > 4, "{steps}");
+    assert_eq!(store.space(), 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     #[test]
@@ -349,7 +453,7 @@ proptest! {
         }
         store.flush();
         store.settle(Mode::Busy);
-        for mode in [Mode::Busy, Mode::Idle, Mode::Settle, Mode::Drain] {
+        for mode in [Mode::Busy, Mode::Idle, Mode::Settle, Mode::Relieve, Mode::Drain] {
             store.settle(mode);
             for (&key, &live) in &model {
                 prop_assert_eq!(store.get(key).is_some_and(|version| version.live), live);

@@ -299,3 +299,51 @@ fn memory_stays_within_its_bound_while_flushes_are_slow_or_fail() {
         assert_eq!(write(&world, &shard, "after", Some(b"v")), Told::Done);
     }
 }
+
+#[test]
+fn compaction_does_what_fits_when_the_hands_next_step_does_not() {
+    let mut world = World::new();
+    world.options.compression = crate::options::Compression::None;
+    world.options.memtable_size = 1 << 20;
+    world.options.compaction.table_size = 512 << 10;
+    world.options.log.segment_size = 64 << 10;
+    world.options.space = crate::options::SpaceOptions {
+        pace_below: 500 << 10,
+        refuse_below: 450 << 10,
+        reserve: 60 << 10,
+    };
+    let shard = world.open();
+    let token = |i: usize| Token::of_key(format!("key{i}").as_bytes(), 3);
+    for i in 0..3_000 {
+        assert_eq!(write(&world, &shard, &format!("key{i}"), Some(&[byte(i); 900])), Told::Done);
+    }
+    world.run(shard.flush()).expect("a flush");
+    sleep(&world, 60_000);
+    // Deletes lie far from the hand; at the hand little is written anew. And the disk fills up.
+    let hand = shard.state.tables.current().layout().hand;
+    let from_hand = |i: &usize| token(*i).0.wrapping_sub(hand.0);
+    let mut keys: Vec<usize> = (0..3_000).collect();
+    keys.sort_by_key(from_hand);
+    let (kept, deleted) = keys.split_at(2_000);
+    for i in kept.iter().step_by(40) {
+        assert_eq!(write(&world, &shard, &format!("key{i}"), Some(&[1; 900])), Told::Done);
+    }
+    world.run(shard.flush()).expect("a flush");
+    for i in deleted {
+        assert_eq!(write(&world, &shard, &format!("key{i}"), None), Told::Done);
+    }
+    world.run(shard.flush()).expect("a flush");
+    assert!(shard.stats().debt_bytes > 0, "nothing was compacted meanwhile");
+    world.disk.set_capacity(world.disk.used() + (300 << 10));
+    sleep(&world, 60_000);
+    let stats = shard.stats();
+    assert_eq!(stats.compactions_failed, 0, "{stats:?}");
+    assert_eq!(stats.space_level, SpaceLevel::Normal, "{stats:?}");
+    for i in kept.iter().skip(1).step_by(40) {
+        assert_eq!(world.get(&shard, &format!("key{i}")), Some(vec![byte(*i); 900]));
+    }
+    for i in deleted.iter().step_by(7) {
+        assert_eq!(world.get(&shard, &format!("key{i}")), None);
+    }
+    check_files(&world, &shard);
+}

@@ -466,7 +466,7 @@ def overload(name, options, peak_options, where, server, cores):
                     cores=cores, allowed=(0, 4, 5))
         good = run["goodput_ops"] / peak
         say(f"| {name}, {times} x | in time {good:.2f} "
-            f"| p99 {run['latency_us']['p99'] / 1000:.0f} ms | {run['reasons']} |")
+            f"| p99 {run['latency_us']['p99'] / 1000:.0f} ms | {run.get('reasons', {})} |")
 
 
 def section_overload():

@@ -210,6 +210,8 @@ struct Peer {
     /// It was sent all up to this one.
     sent: u64,
     sent_at: Option<Instant>,
+    /// The message was not the last of its round.
+    has_more: bool,
     /// Since then it owes an answer.
     waiting_since: Instant,
     /// Its clock when it first answered to this life.

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use annulus_tuning::host::Host;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::arguments::DevArguments;
@@ -245,7 +246,14 @@ fn spawn(cluster: &Cluster, node: u32, arguments: &DevArguments) -> io::Result<C
     command.args(["--listen", &port(node, 0)?, "--peer-listen", &port(node, 1)?]);
     command.args(["--admin-listen", &port(node, 2)?]);
     let rack = format!("rack{node}");
-    let usual = [("--shards", "1"), ("--spin", "0s"), ("--memory", "512MiB"), ("--rack", &rack)];
+    let cores = cores_of(node, &Host::probe().cores_usable());
+    let usual = [
+        ("--shards", "1"),
+        ("--cores", &cores),
+        ("--spin", "0s"),
+        ("--memory", "512MiB"),
+        ("--rack", &rack),
+    ];
     for (option, value) in usual {
         if !is_given(option, &arguments.serve) {
             command.args([option, value]);
@@ -256,6 +264,14 @@ fn spawn(cluster: &Cluster, node: u32, arguments: &DevArguments) -> io::Result<C
     }
     command.args(&arguments.serve);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn()
+}
+
+/// The cores of a node: all, but each node begins with another one, because a shard stays on its
+/// core.
+fn cores_of(node: u32, usable: &[usize]) -> String {
+    let begin = node as usize - 1;
+    let turned = (0..usable.len()).map(|at| usable[(begin + at) % usable.len()].to_string());
+    turned.collect::<Vec<_>>().join(",")
 }
 
 /// Whether the user says this option himself, as `--option value` or `--option=value`.
@@ -320,6 +336,12 @@ fn trouble(path: &Path, error: &io::Error) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nodes_begin_with_different_cores() {
+        let cores = [1, 2, 3].map(|node| cores_of(node, &[0, 1]));
+        assert_eq!(cores, ["0,1", "1,0", "0,1"]);
+    }
 
     #[test]
     fn what_the_user_says_is_not_said_again() {

@@ -19,6 +19,9 @@ use crate::message::{PeerMessage, TrackEntry};
 const LIFE_SHIFT: u32 = 40;
 /// Bytes of an entry and of a message beside the sets.
 const ENTRY_SIZE: usize = 16;
+/// Partitions that are looked at between two polls, and lines of a message: some 100 us of work on
+/// either side, which a request may have to wait for. A round takes as many polls as it needs.
+const PARTITIONS_AT_ONCE: usize = 64;
 
 pub(super) fn first_version(life: u64) -> u64 {
     (life << LIFE_SHIFT) + 1
@@ -41,12 +44,15 @@ pub(super) struct Told {
 pub(super) struct Snapshot {
     position: u64,
     told: Told,
-    changes: Vec<(PartitionId, Rc<SeenSet>, Timestamp)>,
+    /// Partitions that may have changed, which are still to be looked at.
+    candidates: Vec<(PartitionId, Rc<SeenSet>)>,
+    has_begun: bool,
 }
 
 impl Tracking {
-    /// Does what is due; calls `out` for each message, which returns whether it went. To be called
-    /// every few milliseconds; costs little while nothing is due.
+    /// Does what is due, or a part of it; calls `out` for each message, which returns whether it
+    /// went. To be called every few milliseconds, and sooner while a round [is under
+    /// way](Tracking::is_under_way); costs little while nothing is due.
     pub fn poll(
         &mut self,
         now: Instant,
@@ -95,43 +101,57 @@ impl Tracking {
         self.dirty.extend(replica.take_changed());
         let mut candidates = std::mem::take(&mut self.dirty);
         candidates.extend(self.unsettled.iter().copied());
-        let mut changes = Vec::new();
-        for partition in candidates {
-            let Some(at) = self.place(partition) else { continue };
-            let seen = replica.seen(partition);
-            let complete = self.completeness(partition, &seen, promise);
-            let local = &mut self.locals[at];
-            // A guest's data may be dropped, so what was true of it need not stay true.
-            let is_holder = local.holders.contains(&self.own);
-            local.complete = if is_holder { local.complete.max(complete) } else { complete };
-            let before = &local.announced;
-            let is_news = !Rc::ptr_eq(&seen, &before.seen) && seen != before.seen;
-            // An idle replica is silent once it is complete beyond its newest write: no tombstone
-            // of any replica waits for more, unless it is of a write that will be news here.
-            let is_complete_further =
-                local.complete > before.complete && before.complete < seen.newest();
-            if is_news || is_complete_further {
-                changes.push((partition, seen, local.complete));
-            }
-        }
+        let of = |partition| (partition, replica.seen(partition));
+        let candidates = candidates.into_iter().map(of).collect();
         let position = replica.visible();
         let told = Told { clock: self.visible, promise };
-        self.snapshot = Some(Snapshot { position, told, changes });
+        self.snapshot = Some(Snapshot { position, told, candidates, has_begun: false });
     }
 
-    /// From now on it may be known.
-    fn release(&mut self, snapshot: Snapshot) {
-        for (partition, seen, complete) in snapshot.changes {
-            let Some(at) = self.place(partition) else { continue };
-            match complete < seen.newest() {
-                true => self.unsettled.insert(partition),
-                false => self.unsettled.remove(&partition),
-            };
-            let version = self.next_version(partition);
-            self.locals[at].announced = Announced { version, seen, complete };
-            self.moved.insert(partition);
+    /// From now on it may be known, a part in each poll. Lines without the moment that they belong
+    /// to are true: they only say more than the round before.
+    fn release(&mut self, mut snapshot: Snapshot) {
+        let rest = snapshot.candidates.len().saturating_sub(PARTITIONS_AT_ONCE);
+        for (partition, seen) in snapshot.candidates.split_off(rest) {
+            self.look_at(partition, seen, snapshot.told.promise);
         }
-        self.told = Some(snapshot.told);
+        match rest {
+            0 => self.told = Some(snapshot.told),
+            _ => self.snapshot = Some(Snapshot { has_begun: true, ..snapshot }),
+        }
+    }
+
+    /// Makes a change of what had been seen at the moment of the promise, if there is news in it.
+    fn look_at(&mut self, partition: PartitionId, seen: Rc<SeenSet>, promise: Timestamp) {
+        let Some(at) = self.place(partition) else { return };
+        let complete = self.completeness(partition, &seen, promise);
+        let local = &mut self.locals[at];
+        // A guest's data may be dropped, so what was true of it need not stay true.
+        let is_holder = local.holders.contains(&self.own);
+        local.complete = if is_holder { local.complete.max(complete) } else { complete };
+        let (complete, before) = (local.complete, &local.announced);
+        let is_news = !Rc::ptr_eq(&seen, &before.seen) && seen != before.seen;
+        // An idle replica is silent once it is complete beyond its newest write: no tombstone
+        // of any replica waits for more, unless it is of a write that will be news here.
+        let is_complete_further = complete > before.complete && before.complete < seen.newest();
+        if !is_news && !is_complete_further {
+            return;
+        }
+        match complete < seen.newest() {
+            true => self.unsettled.insert(partition),
+            false => self.unsettled.remove(&partition),
+        };
+        let version = self.next_version(partition);
+        self.locals[at].announced = Announced { version, seen, complete };
+        self.moved.insert(partition);
+    }
+
+    /// Whether a round has begun that the next poll goes on with.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.snapshot.as_ref().is_some_and(|snapshot| snapshot.has_begun)
+            || !self.moved.is_empty()
+            || self.peers.values().any(|peer| peer.has_more)
     }
 
     /// A version for the next change of a partition, whose last one is forgotten.
@@ -177,59 +197,56 @@ impl Tracking {
         } else if now.nanos_since(peer.waiting_since) >= options.repeat_after {
             (peer.sent, peer.waiting_since) = (peer.acked, now);
         }
-        let is_due = quiet >= options.heartbeat_every
-            || (peer.sent != self.version
+        // What a round changes is told at once, when all of it is known.
+        let is_complete = self.snapshot.as_ref().is_none_or(|snapshot| !snapshot.has_begun);
+        let is_due = std::mem::take(&mut peer.has_more)
+            || quiet >= options.heartbeat_every
+            || (is_complete
+                && peer.sent != self.version
                 && quiet >= options.announce_every.min(options.repeat_after));
         let (true, Some(told)) = (is_due, self.told) else { return };
         peer.sent_at = Some(now);
-        let mut base_version = peer.sent;
+        let base_version = peer.sent;
         let mut sets = Vec::new();
-        loop {
-            let mut lines: Vec<(PartitionId, Timestamp, usize, usize)> = Vec::new();
-            sets.clear();
-            let mut version = self.version;
-            let mut is_last = true;
-            let after = (Bound::Excluded(base_version), Bound::Unbounded);
-            for (number, partition) in self.changes.range(after) {
-                if !self.is_told(to, *partition) {
-                    continue;
-                }
-                let announced = &self.local(*partition).expect("of this shard").announced;
-                let begin = sets.len();
-                announced.seen.encode_within(&mut sets, options.message_size_max / 2);
-                let size = sets.len() + (lines.len() + 4) * ENTRY_SIZE;
-                if size > options.message_size_max && !lines.is_empty() {
-                    sets.truncate(begin);
-                    // All before this one; the next message goes on with it.
-                    (version, is_last) = (number - 1, false);
-                    break;
-                }
-                lines.push((*partition, announced.complete, begin, sets.len()));
+        let mut lines: Vec<(PartitionId, Timestamp, usize, usize)> = Vec::new();
+        let mut version = self.version;
+        let mut is_last = true;
+        let after = (Bound::Excluded(base_version), Bound::Unbounded);
+        for (number, partition) in self.changes.range(after) {
+            if !self.is_told(to, *partition) {
+                continue;
             }
-            let line = |line: &(PartitionId, Timestamp, usize, usize)| TrackEntry {
-                partition: line.0,
-                as_of: line.1,
-                seen: &sets[line.2..line.3],
-            };
-            let of_round = |stamp| if is_last { stamp } else { Timestamp::ZERO };
-            let message = PeerMessage::Track {
-                base_version,
-                version,
-                hlc: of_round(told.clock),
-                hint_floor: of_round(told.promise),
-                entries: lines.iter().map(line).collect(),
-                full: base_version == 0,
-            };
-            if !out(to, &message) {
-                return;
+            let announced = &self.local(*partition).expect("of this shard").announced;
+            let begin = sets.len();
+            announced.seen.encode_within(&mut sets, options.message_size_max / 2);
+            let size = sets.len() + (lines.len() + 4) * ENTRY_SIZE;
+            let is_full = size > options.message_size_max && !lines.is_empty();
+            if is_full || lines.len() >= PARTITIONS_AT_ONCE {
+                sets.truncate(begin);
+                // All before this one; the next message goes on with it.
+                (version, is_last) = (number - 1, false);
+                break;
             }
-            base_version = version;
-            if let Some(peer) = self.peers.get_mut(&to) {
-                peer.sent = version;
-            }
-            if is_last {
-                return;
-            }
+            lines.push((*partition, announced.complete, begin, sets.len()));
+        }
+        let line = |line: &(PartitionId, Timestamp, usize, usize)| TrackEntry {
+            partition: line.0,
+            as_of: line.1,
+            seen: &sets[line.2..line.3],
+        };
+        let of_round = |stamp| if is_last { stamp } else { Timestamp::ZERO };
+        let message = PeerMessage::Track {
+            base_version,
+            version,
+            hlc: of_round(told.clock),
+            hint_floor: of_round(told.promise),
+            entries: lines.iter().map(line).collect(),
+            full: base_version == 0,
+        };
+        if out(to, &message)
+            && let Some(peer) = self.peers.get_mut(&to)
+        {
+            (peer.sent, peer.has_more) = (version, !is_last);
         }
     }
 

@@ -10,6 +10,9 @@ use annulus_engine::model::{Dot, PartitionId, Timestamp, VersionVector};
 use super::{Peer, Replica, Tracking, origin_of};
 use crate::member::NodeId;
 
+/// Floors that are computed between two polls.
+const FLOORS_AT_ONCE: usize = 64;
+
 /// What may be purged from a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Floor {
@@ -101,9 +104,11 @@ impl Tracking {
         first.base().iter().map(least).collect()
     }
 
-    /// Floors of partitions where something happened since the last call.
+    /// Floors of partitions where something happened since the last call; some of them, if there are
+    /// many.
     pub fn take_floors(&mut self) -> Vec<Floor> {
-        let moved = std::mem::take(&mut self.moved);
+        let count = self.moved.len().min(FLOORS_AT_ONCE);
+        let moved: Vec<PartitionId> = (0..count).filter_map(|_| self.moved.pop_first()).collect();
         let floor = |partition| Floor {
             partition,
             purge: self.purge_floor(partition),

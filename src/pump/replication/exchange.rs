@@ -25,6 +25,9 @@ use crate::pump::{Done, Lane, Pump};
 /// How often the conversation is looked at, in nanoseconds.
 const EXCHANGE_NANOS: u64 = 20_000_000;
 
+/// The same while a round is under way, which is cut in parts so that no request waits for long.
+const ROUND_NANOS: u64 = 1_000_000;
+
 /// How often gaps and stand-in copies are looked at, in nanoseconds.
 const LOOK_NANOS: u64 = 250_000_000;
 
@@ -83,9 +86,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if self.now < replication.next_exchange {
             return;
         }
-        replication.next_exchange = self.now.after_nanos(EXCHANGE_NANOS);
         let mut view = View { shard: &self.shard, wall: self.wall };
-        let Replication { tracking, letters, peers, next_look, .. } = &mut **replication;
+        let Replication { tracking, letters, peers, next_look, next_exchange, .. } =
+            &mut **replication;
         tracking.poll(self.now, &mut view, &mut |to, message| {
             let is_up = peers.contains_key(&to.node);
             if is_up {
@@ -95,6 +98,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         });
         let wanted = tracking.sync_wanted(self.now, &view, &|node| peers.contains_key(&node));
         let floors = tracking.take_floors();
+        let pause = if tracking.is_under_way() { ROUND_NANOS } else { EXCHANGE_NANOS };
+        *next_exchange = self.now.after_nanos(pause);
         // Both look at every partition, and neither is in a hurry.
         let (mut closed, mut done) = (Vec::new(), Vec::new());
         let is_time_to_look = self.now >= *next_look;

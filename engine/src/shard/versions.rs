@@ -19,8 +19,10 @@ use crate::model::{PartitionId, RecordRef, Timestamp, Token, WallMicros};
 const STAMP_RESERVE_US: u64 = 250_000;
 /// How far ahead of a stamp that runs ahead of the wall clock, in microseconds.
 const STAMP_RESERVE_MIN_US: u64 = 10_000;
-/// How many sequences are reserved at a time.
-const SEQUENCE_RESERVE: u64 = 1 << 20;
+/// How many sequences are reserved at a time. Each start after a crash loses as many, and they must
+/// not run ahead of the microseconds since the directory was made: a directory that replaces a lost
+/// one begins there.
+const SEQUENCE_RESERVE: u64 = 1 << 12;
 
 /// Clock and sequences of one shard.
 #[derive(Debug)]

@@ -155,7 +155,7 @@ impl SimExecutor {
     /// see [`SimExecutor::advance_to`].
     pub fn step(&self) -> Step {
         let shared = &self.runtime.shared;
-        if let Some(group) = shared.halted.take() {
+        if let Some(group) = self.take_halted() {
             return Step::Halted(group);
         }
         match shared.choose(false) {
@@ -257,6 +257,11 @@ impl SimExecutor {
     pub fn run_for_nanos(&self, nanos: u64) {
         let deadline = self.runtime.now().after_nanos(nanos);
         self.run(self.runtime.sleep_until(deadline));
+    }
+
+    /// The group whose power was cut since the last step, which is then no longer told.
+    pub fn take_halted(&self) -> Option<u32> {
+        self.runtime.shared.halted.take()
     }
 
     /// Drops every task, as the death of the process does, and forgets a halt.

@@ -56,11 +56,7 @@ impl SimCluster {
         }
         match self.executor.step() {
             Step::Polled(group) => self.polled(group),
-            Step::Halted(group) => {
-                let place = self.place_of(group);
-                self.note(format!("the power of node {} is gone", place.node));
-                self.crash(place.node);
-            }
+            Step::Halted(group) => self.halted(group),
             Step::Idle(_) if !ready.is_empty() => {
                 let place = ready[self.chance.index(ready.len())];
                 self.turn(place);
@@ -72,6 +68,13 @@ impl SimCluster {
                 self.executor.advance_to(next);
             }
         }
+    }
+
+    /// The power of a group was cut by an operation of its own.
+    pub(super) fn halted(&mut self, group: u32) {
+        let place = self.place_of(group);
+        self.note(format!("the power of node {} is gone", place.node));
+        self.crash(place.node);
     }
 
     fn place_of(&self, group: u32) -> Place {

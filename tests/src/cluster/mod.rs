@@ -491,6 +491,9 @@ impl SimCluster {
 
     /// Everything is well again, clocks too, except that nodes which are down stay so.
     pub fn heal(&mut self) {
+        if let Some(group) = self.executor.take_halted() {
+            self.halted(group);
+        }
         self.network.heal(self.now());
         for node in 0..self.node_count() {
             self.resume(node);

@@ -268,7 +268,7 @@ def section_tcp():
 
 def small(server, name, beside):
     """Latencies of small requests at a fixed rate, beside another load."""
-    other = subprocess.Popen([BENCH, "run", "--json", *OURS, *beside], stdout=subprocess.DEVNULL,
+    other = subprocess.Popen([BENCH, "run", "--json", *OURS, "--cores", "1", *beside], stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL) if beside else None
     time.sleep(0.5)
     run = bench(*OURS, "--workload", "mixed", "--reads", "0.5", "--keys", "100000", "--conns", "8",
@@ -402,7 +402,7 @@ def section_kill():
         for part in ("quiet", "killed", "away", "returns"):
             run = subprocess.Popen(
                 [BENCH, "run", "--json", *THREE[:1], "127.0.0.1:7811,127.0.0.1:7821", *shape,
-                 "--rate", str(int(peak / 2)), "--duration", "8s"],
+                 "--depth", "16", "--rate", str(int(peak / 2)), "--duration", "8s"],
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             if part == "killed":
                 time.sleep(2)
@@ -420,7 +420,8 @@ def section_kill():
 
 def section_catchup():
     """A node comes back after 60 s of missed writes at 5,000 a second."""
-    shape = ["--workload", "put", "--keys", "1000000", "--conns", "16", "--rate", "5000"]
+    shape = ["--workload", "put", "--keys", "1000000", "--conns", "16", "--depth", "16", "--rate",
+             "5000"]
     two = ["--addr", "127.0.0.1:7811,127.0.0.1:7821"]
     with dev() as server:
         data = server.command[server.command.index("--data-dir") + 1]

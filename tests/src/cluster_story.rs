@@ -197,6 +197,8 @@ impl ClusterStory {
     fn heal(&self, cluster: &mut SimCluster) -> Result<(), String> {
         cluster.quiet();
         cluster.heal();
+        // The power goes during an operation, which may have begun before.
+        cluster.drive(self.options.disk_nanos_max);
         self.start_all(cluster)?;
         cluster.drive_until(cluster.settles_at(), |_| false);
         // Mostly they are equal much earlier.

@@ -246,14 +246,11 @@ fn spawn(cluster: &Cluster, node: u32, arguments: &DevArguments) -> io::Result<C
     command.args(["--listen", &port(node, 0)?, "--peer-listen", &port(node, 1)?]);
     command.args(["--admin-listen", &port(node, 2)?]);
     let rack = format!("rack{node}");
-    let cores = cores_of(node, &Host::probe().cores_usable());
-    let usual = [
-        ("--shards", "1"),
-        ("--cores", &cores),
-        ("--spin", "0s"),
-        ("--memory", "512MiB"),
-        ("--rack", &rack),
-    ];
+    let core = core_of(node, &Host::probe().cores_usable());
+    if !is_given("--shards", &arguments.serve) && !is_given("--cores", &arguments.serve) {
+        command.args(["--shards", "1", "--cores", &core]);
+    }
+    let usual = [("--spin", "0s"), ("--memory", "512MiB"), ("--rack", &rack)];
     for (option, value) in usual {
         if !is_given(option, &arguments.serve) {
             command.args([option, value]);
@@ -266,12 +263,9 @@ fn spawn(cluster: &Cluster, node: u32, arguments: &DevArguments) -> io::Result<C
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn()
 }
 
-/// The cores of a node: all, but each node begins with another one, because a shard stays on its
-/// core.
-fn cores_of(node: u32, usable: &[usize]) -> String {
-    let begin = node as usize - 1;
-    let turned = (0..usable.len()).map(|at| usable[(begin + at) % usable.len()].to_string());
-    turned.collect::<Vec<_>>().join(",")
+/// The core of a node's one shard, which stays there: each node's another one, as far as they go.
+fn core_of(node: u32, usable: &[usize]) -> String {
+    usable[(node as usize - 1) % usable.len()].to_string()
 }
 
 /// Whether the user says this option himself, as `--option value` or `--option=value`.
@@ -338,9 +332,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nodes_begin_with_different_cores() {
-        let cores = [1, 2, 3].map(|node| cores_of(node, &[0, 1]));
-        assert_eq!(cores, ["0,1", "1,0", "0,1"]);
+    fn neighbours_have_different_cores() {
+        let cores = [1, 2, 3].map(|node| core_of(node, &[4, 7]));
+        assert_eq!(cores, ["4", "7", "4"]);
     }
 
     #[test]

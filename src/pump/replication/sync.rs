@@ -30,11 +30,13 @@ use crate::namespaces::Mode;
 use crate::pump::{Done, Lane, Pump};
 
 /// About how large a page is, in bytes.
-const PAGE_BYTES: u32 = 256 << 10;
+const PAGE_BYTES: u32 = 64 << 10;
 /// The least and the most that a helper lets itself be asked for.
 const PAGE_BYTES_RANGE: std::ops::RangeInclusive<u32> = (4 << 10)..=(4 << 20);
 /// A page that has not come by then will not, in nanoseconds.
 const PAGE_TIMEOUT_NANOS: u64 = 10_000_000_000;
+/// Records that are merged between two yields, some 50 us: requests do not wait for a page.
+const RECORDS_AT_ONCE: usize = 32;
 /// Pause of a merge that memory refuses, in nanoseconds.
 const BUSY_PAUSE_NANOS: u64 = 5_000_000;
 
@@ -305,7 +307,10 @@ async fn merge_page<D: Disk, R: Runtime>(
     let Ok(PeerMessage::SyncPage { records, .. }) = PeerMessage::decode(raw) else {
         return Ok((last, merged));
     };
-    for record in records.iter() {
+    for (at, record) in records.iter().enumerate() {
+        if at % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1 {
+            runtime.yield_now().await;
+        }
         let siblings =
             record.kind == Kind::Siblings || modes.contains(&(record.namespace, Mode::Siblings));
         let result = loop {

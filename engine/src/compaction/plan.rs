@@ -39,6 +39,7 @@
 use crate::model::{Instant, Token, TokenRange, WallMicros};
 use crate::options::Options;
 use crate::sstable::TableId;
+use crate::tables::arcs::Arcs;
 use crate::tables::edit::{AddedTable, Consumed, Level, TableSetEdit};
 use crate::tables::layout::{Entry, Layout, to_f64};
 
@@ -327,18 +328,19 @@ fn hand_step(
     now: WallMicros,
     avoid: &Avoid,
 ) -> Option<Step> {
+    hand_steps(layout, options).find(|step| avoid.allows(layout, step, now))
+}
+
+/// The hand's steps, at most once round the ring from where it stands; ranges without upper bytes
+/// are passed over.
+fn hand_steps<'a>(layout: &'a Layout, options: &'a PlanOptions) -> impl Iterator<Item = Step> + 'a {
     let mut start = layout.hand;
-    // At most once round the ring; ranges without upper bytes are passed over.
-    for _ in 0..layout.last().len() + 2 * layout.upper().len() + 3 {
+    let round = (0..layout.last().len() + 2 * layout.upper().len() + 3).map(move |_| {
         let range = step_range(layout, options, start);
-        let after = Token(range.last.0.wrapping_add(1));
-        let step = step_over(layout, range, Some(after));
-        if !step.upper.is_empty() && avoid.allows(layout, &step, now) {
-            return Some(step);
-        }
-        start = after;
-    }
-    None
+        start = Token(range.last.0.wrapping_add(1));
+        step_over(layout, range, Some(start))
+    });
+    round.filter(|step| !step.upper.is_empty())
 }
 
 /// A step that merges everything in a range into the last level.
@@ -451,10 +453,16 @@ fn tier_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<St
     if step.is_some() || (avoid.places.is_empty() && avoid.room == u64::MAX) {
         return step;
     }
-    let mut deep: Vec<usize> =
-        (0..arcs.len()).filter(|&arc| depth(arc) > options.runs_max).collect();
-    deep.sort_by_key(|&arc| std::cmp::Reverse(depth(arc)));
+    let deep = deepest_first(arcs, options.runs_max + 1);
     deep.into_iter().find_map(|arc| tier_step_at(layout, options, avoid, arc))
+}
+
+/// The arcs in which at least so many upper tables meet, those with most of them first.
+fn deepest_first(arcs: &Arcs, depth_min: usize) -> Vec<usize> {
+    let depth = |arc: usize| arcs.tables_of(arc).len();
+    let mut deep: Vec<usize> = (0..arcs.len()).filter(|&arc| depth(arc) >= depth_min).collect();
+    deep.sort_by_key(|&arc| std::cmp::Reverse(depth(arc)));
+    deep
 }
 
 /// Merges a few upper tables from arc `start` on.

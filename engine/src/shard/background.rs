@@ -187,12 +187,12 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
                 (written, quiet_since) = (count, now);
             }
             let idle = now.nanos_since(quiet_since) >= SETTLE_NANOS;
-            // With new data refused, what deletes and overwrites leave behind is all the room
-            // there will be: bring every upper table down, where tombstones end.
             if let Ok(space) = state.disk.space(&state.dir).await {
                 state.space.update(space);
             }
             state.compactor.set_room(state.space.room(state.options.memtable_size as u64));
+            // With new data refused, what deletes and overwrites leave behind is all the room
+            // there will be.
             let mode = match (state.space.level() >= SpaceLevel::RefuseData, idle) {
                 (true, _) => Mode::Relieve,
                 (false, true) => Mode::Idle,

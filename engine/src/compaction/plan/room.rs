@@ -9,7 +9,9 @@
 //! Invariant: each choice leaves less to choose from, so it ends: a step into the last level leaves
 //! no upper table in its range, one among upper tables leaves one of them.
 
-use super::{Avoid, PlanOptions, Step, expired_share, step_over, step_range, to_u64};
+use super::{
+    Avoid, PlanOptions, Step, deepest_first, expired_share, hand_steps, step_over, to_u64,
+};
 use crate::model::{Token, TokenRange, WallMicros};
 use crate::tables::edit::Level;
 use crate::tables::layout::{Entry, Layout, to_f64};
@@ -75,39 +77,29 @@ pub(super) fn relief_step(
     now: WallMicros,
     avoid: &Avoid,
 ) -> Option<Step> {
-    let fits = |step: &Step| !avoid.forbids(step) && output_of(layout, step, now) <= avoid.room;
     for part in SMALLER {
         let smaller = PlanOptions { table_size: (options.table_size / part).max(1), ..*options };
-        let due = steps(layout, &smaller, now).filter(fits);
-        let best = due.max_by(|a, b| gain(layout, a, now).total_cmp(&gain(layout, b, now)));
-        if best.is_some() {
-            return best;
+        let fitting = steps(layout, &smaller, now)
+            .filter(|step| avoid.allows(layout, step, now))
+            .map(|step| (gain(layout, &step, now), step));
+        if let Some((_, best)) = fitting.max_by(|(a, _), (b, _)| a.total_cmp(b)) {
+            return Some(best);
         }
     }
     upper_step(layout, options, avoid)
 }
 
-/// The hand's steps, once round the ring from where it stands, that have something to merge, and
-/// last-level tables in which something has expired.
+/// The hand's steps, and last-level tables in which something has expired.
 fn steps<'a>(
     layout: &'a Layout,
     options: &'a PlanOptions,
     now: WallMicros,
 ) -> impl Iterator<Item = Step> + 'a {
-    let mut start = layout.hand;
-    let count = layout.last().len() + 2 * layout.upper().len() + 3;
-    let round = (0..count).map(move |_| {
-        let range = step_range(layout, options, start);
-        let after = Token(range.last.0.wrapping_add(1));
-        start = after;
-        step_over(layout, range, Some(after))
-    });
     let expired = layout
         .last()
         .iter()
         .filter(move |entry| expired_share(entry, now) >= options.expired_target);
-    round
-        .filter(|step| !step.upper.is_empty())
+    hand_steps(layout, options)
         .chain(expired.map(|entry| step_over(layout, entry.summary.span, None)))
 }
 
@@ -127,10 +119,7 @@ fn narrowed(range: &TokenRange, share: f64) -> Token {
 /// of one another is given back.
 fn upper_step(layout: &Layout, options: &PlanOptions, avoid: &Avoid) -> Option<Step> {
     let arcs = layout.arcs();
-    let mut deep: Vec<usize> =
-        (0..arcs.len()).filter(|&arc| arcs.tables_of(arc).len() >= 2).collect();
-    deep.sort_by_key(|&arc| std::cmp::Reverse(arcs.tables_of(arc).len()));
-    deep.into_iter().find_map(|arc| {
+    deepest_first(arcs, 2).into_iter().find_map(|arc| {
         let entries: Vec<&Entry> = arcs
             .tables_of(arc)
             .iter()

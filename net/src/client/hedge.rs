@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use annulus_engine::model::Instant;
 
-/// What one hedge costs, in the budget's units.
-const HEDGE_COST: u64 = 100;
+use super::budget::Budget;
+
 /// Hedges that may be made before any read.
 const BURST: u64 = 5;
 /// No estimate is above it, in nanoseconds.
@@ -23,10 +23,10 @@ const QUIET_AFTER_BUSY: u64 = 1_000_000_000;
 /// Estimate and budget of one client.
 #[derive(Debug)]
 pub(crate) struct Hedge {
-    percent: u64,
+    is_on: bool,
+    budget: Budget,
     floor: u64,
     estimate: u64,
-    units: u64,
     quiet_until: Instant,
 }
 
@@ -36,18 +36,18 @@ impl Hedge {
     pub(crate) fn new(percent: u32, floor: Duration) -> Hedge {
         let floor = u64::try_from(floor.as_nanos()).unwrap_or(u64::MAX).max(1);
         Hedge {
-            percent: u64::from(percent),
+            is_on: percent > 0,
+            budget: Budget::new(percent, BURST),
             floor,
             // A guess until the first reads bring it down.
             estimate: floor.saturating_mul(10).min(ESTIMATE_MAX),
-            units: BURST * HEDGE_COST,
             quiet_until: Instant(0),
         }
     }
 
     /// Notes a read that was answered, which earns a part of a hedge.
     pub(crate) fn read(&mut self, took: u64) {
-        self.units = (self.units + self.percent).min(BURST * HEDGE_COST);
+        self.budget.earn();
         self.estimate = if took > self.estimate {
             self.estimate.saturating_add(self.estimate / 8 + 1).min(ESTIMATE_MAX)
         } else {
@@ -57,7 +57,7 @@ impl Hedge {
 
     /// Nanoseconds after which a read is late; `None` when there are no hedges.
     pub(crate) fn after(&self) -> Option<u64> {
-        (self.percent > 0).then(|| self.estimate.max(self.floor))
+        self.is_on.then(|| self.estimate.max(self.floor))
     }
 
     /// A server said that it is busy.
@@ -67,11 +67,7 @@ impl Hedge {
 
     /// Whether a hedge may be made now; if so, it is paid for.
     pub(crate) fn take(&mut self, now: Instant) -> bool {
-        if self.percent == 0 || now < self.quiet_until || self.units < HEDGE_COST {
-            return false;
-        }
-        self.units -= HEDGE_COST;
-        true
+        self.is_on && now >= self.quiet_until && self.budget.take()
     }
 }
 

@@ -31,6 +31,7 @@
 //! ```
 
 mod blocking;
+mod budget;
 mod choice;
 mod health;
 mod hedge;

@@ -7,16 +7,15 @@
 
 use std::time::Duration;
 
-/// What one retry costs, in the budget's units.
-const RETRY_COST: u64 = 100;
+use super::budget::Budget;
+
 /// Retries that may be made before any success.
 const BURST: u64 = 10;
 
 /// Budget and jitter of one client.
 #[derive(Debug)]
 pub(crate) struct Retry {
-    units: u64,
-    earned_per_success: u64,
+    budget: Budget,
     base: Duration,
     max: Duration,
     random: u64,
@@ -25,36 +24,30 @@ pub(crate) struct Retry {
 impl Retry {
     /// A full budget. `percent`: retries earned by a hundred successes.
     pub(crate) fn new(percent: u32, base: Duration, max: Duration, seed: u64) -> Retry {
-        Retry {
-            units: BURST * RETRY_COST,
-            earned_per_success: u64::from(percent),
-            base,
-            max,
-            random: seed,
-        }
+        Retry { budget: Budget::new(percent, BURST), base, max, random: seed }
     }
 
     /// Notes a success, which earns a part of a retry.
     pub(crate) fn succeeded(&mut self) {
-        self.units = (self.units + self.earned_per_success).min(BURST * RETRY_COST);
+        self.budget.earn();
     }
 
     /// Takes one retry from the budget that is made at once, elsewhere; false when it is spent.
     pub(crate) fn take(&mut self) -> bool {
-        let left = self.units.checked_sub(RETRY_COST);
-        self.units = left.unwrap_or(self.units);
-        left.is_some()
+        self.budget.take()
     }
 
     /// The same for one that is not needed, and leaves half of the burst to those that are.
     pub(crate) fn take_spare(&mut self) -> bool {
-        self.units >= (BURST / 2 + 1) * RETRY_COST && self.take()
+        self.budget.holds(BURST / 2 + 1) && self.take()
     }
 
     /// Takes one retry from the budget, and says how long to wait before it; `None` when the
     /// budget is spent. `attempt` counts from 0.
     pub(crate) fn next(&mut self, attempt: u32, at_least: Duration) -> Option<Duration> {
-        self.units = self.units.checked_sub(RETRY_COST)?;
+        if !self.take() {
+            return None;
+        }
         let bound = self.base.saturating_mul(1 << attempt.min(16)).min(self.max);
         let nanos = u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX);
         let jitter = Duration::from_nanos(self.random() % nanos.saturating_add(1).max(1));

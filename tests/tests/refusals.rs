@@ -323,15 +323,21 @@ fn a_node_alone_is_scrubbed_on_demand_and_says_what_it_found() {
     assert!(table.text().contains("damage found"), "{}", table.text());
 }
 
-#[test]
-fn a_damaged_log_is_refused_where_it_would_lose_what_was_acknowledged() {
-    let dir = scratch();
-    let setup = setup(&dir).with("memtable-size", "8MiB");
+/// A filled store whose server was killed, and the first segment of its log.
+fn killed(dir: &tempfile::TempDir) -> (Setup, PathBuf) {
+    let setup = setup(dir).with("memtable-size", "8MiB");
     let server = setup.start();
     fill(&server.namespace(), 0..KEYS);
     let setup = server.kill_nine();
-    let logs = files(&setup.data_dir().join("shard-000/log"), "log");
-    let first = &logs[0];
+    let first = files(&setup.data_dir().join("shard-000/log"), "log").swap_remove(0);
+    (setup, first)
+}
+
+#[test]
+fn a_damaged_log_is_refused_where_it_would_lose_what_was_acknowledged() {
+    let dir = scratch();
+    let (setup, first) = killed(&dir);
+    let first = &first;
     let whole = fs::read(first).unwrap();
     flip(first, 64 << 10);
     inspect_finds_damage(setup.data_dir(), &[".log"]);
@@ -347,12 +353,8 @@ fn a_damaged_log_is_refused_where_it_would_lose_what_was_acknowledged() {
 #[test]
 fn what_a_damaged_log_still_holds_is_kept_once_the_loss_is_accepted() {
     let dir = scratch();
-    let setup = setup(&dir).with("memtable-size", "8MiB");
-    let server = setup.start();
-    fill(&server.namespace(), 0..KEYS);
-    let setup = server.kill_nine();
-    let logs = files(&setup.data_dir().join("shard-000/log"), "log");
-    let first = &logs[0];
+    let (setup, first) = killed(&dir);
+    let first = &first;
     flip(first, 64 << 10);
     let damaged = fs::read(first).unwrap();
     let name = first.file_name().unwrap().to_str().unwrap();

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use annulus_net::client::{BlockingClient, BlockingNamespace, ClientOptions};
 
-use crate::server::{Ran, annulus, annulus_with_input, binary, eventually, plain_command};
+use crate::server::{
+    DISK_RESERVE, Ran, annulus, annulus_with_input, binary, eventually, plain_command,
+};
 
 /// How long a cluster may take to be ready.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -72,6 +74,7 @@ impl Nodes {
         command.args(["dev", "--nodes", &count.to_string(), "--base-port", &base.to_string()]);
         command.arg("--data-dir").arg(dir).arg("--");
         command.args(["--segment-size=4MiB", "--memtable-size=2MiB", "--partition-bits=8"]);
+        command.args(["--disk-reserve", DISK_RESERVE]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut keeper = command.spawn().expect("the program starts");
         let stdout = keeper.stdout.take().expect("piped");

@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,6 +24,10 @@ use serde_json::Value;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a server that was told to stop may take; the contract.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a server under test keeps of the disk: little, so that tests pass where a build has left
+/// little. The product's default refuses new data below 1 GiB.
+pub(crate) const DISK_RESERVE: &str = "4MiB";
 
 /// The program under test.
 pub fn binary() -> &'static Path {
@@ -187,12 +192,16 @@ impl Setup {
         setup.with("memory", "256MiB").with("segment-size", "4MiB").with("memtable-size", "2MiB")
     }
 
-    /// A server with the product's defaults, but for ports and directory.
+    /// A server with the product's defaults, but for ports, directory and what it keeps of the disk.
     #[must_use]
     pub fn bare(data_dir: impl Into<PathBuf>) -> Setup {
         let setup = Setup { data_dir: data_dir.into(), arguments: vec![], wrapper: vec![] };
         let any = "127.0.0.1:0";
-        setup.with("listen", any).with("peer-listen", any).with("admin-listen", any)
+        setup
+            .with("listen", any)
+            .with("peer-listen", any)
+            .with("admin-listen", any)
+            .with("disk-reserve", DISK_RESERVE)
     }
 
     /// With this option; the last one of a name counts.
@@ -303,6 +312,16 @@ impl Setup {
         let stdout = line.into_bytes();
         let code = status.and_then(|status| status.code()).unwrap_or(-1);
         Err(Ran { code, stdout, stderr: server.stderr() })
+    }
+}
+
+/// Tells threads to stop when it goes, also by a panic, after which a scope waits for them.
+#[derive(Debug)]
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

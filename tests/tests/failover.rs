@@ -13,7 +13,7 @@ use annulus_net::client::{
 };
 use annulus_net::wire::{Class, Condition, Level, Version};
 use annulus_tests::nodes::Nodes;
-use annulus_tests::server::{eventually, scratch};
+use annulus_tests::server::{StopOnDrop, eventually, scratch};
 
 /// By then the client has noticed.
 const NOTICED: Duration = Duration::from_secs(1);
@@ -86,10 +86,11 @@ fn under_load(
     let (began, reads, writes) = thread::scope(|scope| {
         let reader = scope.spawn(|| read_until(keys, &stop));
         let writer = scope.spawn(|| write_until(keys, versions, &stop));
+        let stopper = StopOnDrop(&stop);
         thread::sleep(Duration::from_millis(1_000));
-        let began = std::panic::catch_unwind(std::panic::AssertUnwindSafe(trouble));
-        stop.store(true, Ordering::Relaxed);
-        (began.unwrap(), reader.join().unwrap(), writer.join().unwrap())
+        let began = trouble();
+        drop(stopper);
+        (began, reader.join().unwrap(), writer.join().unwrap())
     });
     for (what, outcomes) in [("reads", &reads), ("writes", &writes)] {
         let first =

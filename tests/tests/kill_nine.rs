@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use annulus_net::client::{BlockingNamespace, ReadOptions, WriteOptions};
-use annulus_tests::server::{Setup, annulus, scratch};
+use annulus_tests::server::{Setup, StopOnDrop, annulus, scratch};
 
 const WRITERS: u64 = 3;
 const KEYS_PER_WRITER: u64 = 400;
@@ -155,10 +155,9 @@ fn rounds_of_kills(setup: Setup, rounds: u64) {
                 scope.spawn(move || write(&keys, writer, book, &stop, round * 7919 + 1));
             }
             // Different moments: some in the first batches, some after flushes.
+            let _stopper = StopOnDrop(&stop);
             thread::sleep(Duration::from_millis(20 + round * 137 % 700));
-            let setup = server.kill_nine();
-            stop.store(true, Ordering::Relaxed);
-            setup
+            server.kill_nine()
         });
         let after: u64 = books.iter().flat_map(Book::values).map(|key| key.acknowledged).sum();
         acknowledged += after.saturating_sub(before);

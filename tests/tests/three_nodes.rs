@@ -6,7 +6,6 @@
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use annulus_net::wire::request::Outgoing;
 use annulus_net::wire::slices::Head;
 use annulus_tests::nodes::{Nodes, free_ports};
 use annulus_tests::raw::Raw;
-use annulus_tests::server::{STOP_TIMEOUT, Server, Setup, eventually, scratch};
+use annulus_tests::server::{STOP_TIMEOUT, Server, Setup, StopOnDrop, eventually, scratch};
 
 /// By then nodes that can reach each other agree.
 const AGREED: Duration = Duration::from_secs(60);
@@ -184,14 +183,13 @@ fn what_a_quorum_acknowledged_outlives_kills_and_pauses_of_a_node() {
         let load = thread::scope(|scope| {
             let (stop, acks) = (&stop, &acks);
             let writer = scope.spawn(move || put_until(&keys, first, stop, acks));
+            let stopper = StopOnDrop(stop);
             eventually("the load runs", Duration::from_secs(20), || {
                 acks.load(Ordering::Relaxed) > before + 200 || writer.is_finished()
             });
-            // Also when it fails, or the scope would wait for ever.
-            let troubled = catch_unwind(AssertUnwindSafe(|| trouble(&nodes)));
+            trouble(&nodes);
             thread::sleep(Duration::from_millis(500));
-            stop.store(true, Ordering::Relaxed);
-            troubled.unwrap_or_else(|panic| resume_unwind(panic));
+            drop(stopper);
             writer.join().unwrap()
         });
         println!(

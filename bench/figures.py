@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent
 BIN = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent / "target")) / "release"
@@ -302,6 +303,20 @@ def dev(*options):
     return Server(command, says("cluster ready"), path / "log")
 
 
+def converged(ports=(7813, 7823, 7833), seconds=90):
+    """Waits until the nodes have fetched what they missed while a fill overran them."""
+    def lacking(port):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        names = ("annulus_partitions_behind{", "annulus_partitions_ahead{")
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(names))
+    for _ in range(seconds * 4):
+        if not any(lacking(port) for port in ports):
+            return
+        time.sleep(0.25)
+    sys.exit("the nodes do not converge")
+
+
 THREE = ["--addr", "127.0.0.1:7811,127.0.0.1:7821,127.0.0.1:7831"]
 
 
@@ -327,6 +342,7 @@ def section_cluster():
             with dev():
                 settle()
                 bench(*THREE, *fill, cores=None)
+                converged()
                 three.append(bench(*THREE, "--workload", workload, *shape, "--w", "2", "--r", "2",
                                    cores=None))
         pair(f"{workload}, 16 connections, three nodes against one", three, one,
@@ -445,7 +461,7 @@ def section_catchup():
             own = [row for row in rows if str(row.get("address", "")).endswith(":7831")
                    or row.get("self")]
             lag = own[0].get("as_of_lag_ms") if own else None
-            if lag is not None and lag < 2000:
+            if lag is not None and lag < 4000:
                 caught = time.monotonic() - began
             time.sleep(0.2)
         found = json.loads(load.communicate(timeout=120)[0].strip().splitlines()[-1])

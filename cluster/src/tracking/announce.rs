@@ -11,7 +11,7 @@ use std::rc::Rc;
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{Instant, PartitionId, Timestamp};
 
-use super::{Announced, BadTrack, Entry, PeerShard, Replica, Tracking, origin_of};
+use super::{Announced, BadTrack, Entry, Options, PeerShard, Replica, Tracking, origin_of};
 use crate::message::{PeerMessage, TrackEntry};
 
 /// A version is a life and so many changes in it: 16 million starts, and ten thousand changes a
@@ -61,7 +61,7 @@ impl Tracking {
     ) {
         self.look_at_log(replica);
         if self.snapshot.is_none()
-            && self.snapshot_at.is_none_or(|at| now.nanos_since(at) >= self.options.announce_every)
+            && self.snapshot_at.is_none_or(|at| now.nanos_since(at) >= self.announce_pause)
         {
             self.take_snapshot(replica);
             self.snapshot_at = Some(now);
@@ -102,7 +102,10 @@ impl Tracking {
         let mut candidates = std::mem::take(&mut self.dirty);
         candidates.extend(self.unsettled.iter().copied());
         let of = |partition| (partition, replica.seen(partition));
-        let candidates = candidates.into_iter().map(of).collect();
+        let candidates: Vec<_> = candidates.into_iter().map(of).collect();
+        let lines = u64::try_from(candidates.len()).expect("at most 65,536");
+        let Options { announce_every, announce_line, announce_every_max, .. } = self.options;
+        self.announce_pause = announce_every.max((announce_line * lines).min(announce_every_max));
         let position = replica.visible();
         let told = Told { clock: self.visible, promise };
         self.snapshot = Some(Snapshot { position, told, candidates, has_begun: false });
@@ -332,6 +335,7 @@ impl Tracking {
         entries: Vec<(PartitionId, Entry)>,
         replica: &impl Replica,
     ) -> Option<u64> {
+        self.heard += 1;
         let peer = self.peers.get_mut(&from)?;
         if life_of(version) < peer.life {
             return None;

@@ -6,12 +6,16 @@
 //! of every later page covers it. `tracking/tests/model.rs` has the rule and its proof by search.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{Instant, PartitionId};
 
 use super::{Peer, PeerShard, Replica, Tracking, origin_of};
 use crate::member::NodeId;
+
+/// Partitions that one search looks at: some 50 us, which a request may have to wait for.
+const SEARCHED_AT_ONCE: usize = 256;
 
 /// Peers have had these writes since then, and this replica lacked some of them.
 pub(super) struct Behind {
@@ -27,8 +31,16 @@ pub(super) struct CatchUp {
     /// Partitions that are behind.
     waiting: BTreeSet<PartitionId>,
     searched_at: Option<Instant>,
-    /// Where the last search for work ended, so that none is passed over for ever.
+    /// The partition that was looked at last, so that none is passed over for ever.
     last: PartitionId,
+}
+
+impl CatchUp {
+    /// The next of those that are behind, in a circle.
+    fn next_waiting(&self) -> Option<PartitionId> {
+        let mut after = self.waiting.range((Bound::Excluded(self.last), Bound::Unbounded));
+        after.next().or_else(|| self.waiting.first()).copied()
+    }
 }
 
 struct Failed {
@@ -90,14 +102,12 @@ impl Tracking {
             return wanted;
         }
         self.catch_up.searched_at = Some(now);
-        let last = self.catch_up.last;
-        let after = self.catch_up.waiting.iter().filter(|partition| **partition > last);
-        let before = self.catch_up.waiting.iter().filter(|partition| **partition <= last);
-        let order: Vec<PartitionId> = after.chain(before).copied().collect();
-        for partition in order {
+        for _ in 0..SEARCHED_AT_ONCE.min(self.catch_up.waiting.len()) {
             if self.catch_up.under_way.len() >= self.options.syncs_max {
                 break;
             }
+            let Some(partition) = self.catch_up.next_waiting() else { break };
+            self.catch_up.last = partition;
             if !self.is_due(now, partition, replica)
                 || self.catch_up.under_way.contains_key(&partition)
             {
@@ -105,7 +115,6 @@ impl Tracking {
             }
             if let Some(helper) = self.helper(now, partition, &replica.seen(partition), is_up) {
                 self.catch_up.under_way.insert(partition, helper.node);
-                self.catch_up.last = partition;
                 wanted.push(SyncWanted { partition, helper });
             }
         }
@@ -168,8 +177,6 @@ impl Tracking {
     /// A sync has ended: well, with the helper's set adopted, or not.
     pub fn sync_ended(&mut self, now: Instant, partition: PartitionId, is_done: bool) {
         let Some(helper) = self.catch_up.under_way.remove(&partition) else { return };
-        // The next in line need not wait.
-        self.catch_up.searched_at = None;
         let key = (partition, helper);
         if is_done {
             self.catch_up.failed.remove(&key);

@@ -7,7 +7,7 @@
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{Dot, PartitionId, Timestamp, VersionVector};
 
-use super::{Peer, Replica, Tracking, origin_of};
+use super::{Local, Peer, Replica, Tracking, origin_of};
 use crate::member::NodeId;
 
 /// Floors that are computed between two polls.
@@ -62,13 +62,32 @@ impl Tracking {
     #[must_use]
     pub fn as_of(&self, partition: PartitionId, replica: &impl Replica) -> Timestamp {
         let Some(local) = self.local(partition) else { return Timestamp::ZERO };
+        self.others_as_of(partition, local, replica)
+            .min(self.own_promise(replica))
+            .max(local.complete)
+    }
+
+    /// The same of the writes of other holders. A holder works it out once for all that it has
+    /// heard, since what was true stays true; what a guest has seen may be dropped.
+    fn others_as_of(
+        &self,
+        partition: PartitionId,
+        local: &Local,
+        replica: &impl Replica,
+    ) -> Timestamp {
+        let is_holder = local.holders.contains(&self.own);
+        if is_holder && local.as_of.get().0 == self.heard {
+            return local.as_of.get().1;
+        }
         let seen = replica.seen(partition);
         let others = local.holders.iter().filter(|node| **node != self.own);
         let bounds = others.map(|node| match self.peer(*node, partition) {
             Some(peer) => self.bound(partition, &seen, *node, peer),
             None => Timestamp::ZERO,
         });
-        bounds.fold(self.own_promise(replica), Timestamp::min).max(local.complete)
+        let as_of = bounds.fold(Timestamp::MAX, Timestamp::min);
+        local.as_of.set((self.heard, as_of));
+        as_of
     }
 
     /// Every write of anybody, guests as well, stamped at or below this is in the replica. For the

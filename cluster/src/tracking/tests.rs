@@ -228,6 +228,8 @@ fn a_write_missed_for_longer_than_the_grace_is_synced_from_its_origin() {
     // The origin fails, so the other one is asked.
     let now = net.now;
     net.tracking(3).0.sync_ended(now, P, false);
+    assert!(net.wanted(3).is_empty(), "its pace is kept");
+    net.now = net.now.after_nanos(20 * MS);
     assert_eq!(net.wanted(3)[0].helper.node, NodeId(2));
     net.see(3, 1, 1);
     net.tracking(3).0.sync_ended(now, P, true);
@@ -236,6 +238,58 @@ fn a_write_missed_for_longer_than_the_grace_is_synced_from_its_origin() {
     let (tracking, replica) = net.tracking(3);
     let figures = tracking.convergence(replica);
     assert_eq!((figures.held, figures.in_sync), (1, 1));
+}
+
+#[test]
+fn the_more_a_round_has_to_say_the_longer_the_next_one_waits() {
+    struct Many(Node);
+    impl Replica for Many {
+        fn seen(&self, _: PartitionId) -> Rc<SeenSet> {
+            self.0.seen(P)
+        }
+        fn take_changed(&mut self) -> Vec<PartitionId> {
+            (0..4096).map(PartitionId).collect()
+        }
+        fn clock(&self) -> Timestamp {
+            self.0.clock()
+        }
+        fn lost_after(&self) -> Option<Timestamp> {
+            None
+        }
+        fn has_gap(&self, _: PartitionId) -> bool {
+            false
+        }
+        fn is_busy(&self, _: PartitionId) -> bool {
+            false
+        }
+        fn appended(&self) -> u64 {
+            self.0.appended()
+        }
+        fn visible(&self) -> u64 {
+            self.0.visible()
+        }
+        fn durable(&self) -> u64 {
+            self.0.durable()
+        }
+    }
+    let mut replica = Many(Node::new());
+    let holders = vec![vec![NodeId(1), NodeId(2)]; 4096];
+    let shared = Shared { partition_bits: 12, holders, ..shared(2, 2) };
+    let mut tracking = Tracking::new(NodeId(1), 1, Options::default(), shared);
+    // A write to every partition between any two polls.
+    let (mut lines, mut sequence) = (0, 0);
+    for millis in 0..10_000 {
+        sequence += 1;
+        replica.0.see(1, sequence);
+        tracking.poll(Instant(millis * MS), &mut replica, &mut |_, message| {
+            if let PeerMessage::Track { entries, .. } = message {
+                lines += entries.len();
+            }
+            true
+        });
+    }
+    let rounds = lines as f64 / 4096.0;
+    assert!((8.0..12.0).contains(&rounds), "about one in 1,024 ms: {rounds}");
 }
 
 #[test]

@@ -25,6 +25,8 @@ const MS: u64 = 1_000_000;
 pub(super) fn options() -> Options {
     Options {
         announce_every: 4 * MS,
+        announce_line: MS / 4,
+        announce_every_max: 8 * MS,
         heartbeat_every: 8 * MS,
         repeat_after: 16 * MS,
         grace: 8 * MS,

@@ -30,7 +30,7 @@ fn idle() {
         "| nodes | bytes a node a second | messages a node a second | largest | age of a report, median | 99 of 100 |"
     );
     println!("| --- | --- | --- | --- | --- | --- |");
-    for nodes in [2u32, 3, 5, 10, 30, 100, 300, 1000] {
+    for nodes in [2u32, 3, 5, 10, 30, 100, 300, 1000, 5000] {
         let seconds = if nodes >= 300 { 20 } else { 60 };
         let mut world = settled(Setting::new(1, nodes));
         world.run(seconds * SECOND);

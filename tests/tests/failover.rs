@@ -17,8 +17,9 @@ use annulus_tests::server::{StopOnDrop, eventually, scratch};
 
 /// By then the client has noticed.
 const NOTICED: Duration = Duration::from_secs(1);
-/// And then no request takes longer.
-const SLOW: Duration = Duration::from_millis(500);
+/// And then no request takes longer: a quarter of the pause, and twenty times what is usual, for
+/// hosts that are busy with more than this test (at a load of 8 one write took 857 ms).
+const SLOW: Duration = Duration::from_secs(1);
 const KEYS: usize = 64;
 
 /// A request that was answered or failed.

@@ -147,6 +147,12 @@ numbers! {
     hints_refused;
     /// Reads that found a replica stale and mended it.
     read_repairs;
+    /// Times a ballot for a key of a linearizable namespace was overruled.
+    cas_conflicts;
+    /// Keys of linearizable namespaces that were settled because a late record could not be merged.
+    keys_mended;
+    /// Records of linearizable namespaces that were merged here because a majority had them.
+    keys_learned;
     /// Nanoseconds during which writes were slowed because compaction was behind.
     write_delay_nanos;
     /// Times the shard's loop ran.

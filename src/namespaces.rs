@@ -312,6 +312,13 @@ impl Catalogue {
                     .to_owned(),
             ));
         }
+        if old.mode == Mode::Linearizable && settings.n.is_some_and(|n| n != old.n) {
+            return Err(Refusal::Invalid(
+                "n of a linearizable namespace is fixed, because majorities of its homes must meet; make \
+                 another and copy with export and import"
+                    .to_owned(),
+            ));
+        }
         self.namespaces[index] = changed(old.clone(), settings)?;
         self.generation += 1;
         Ok(())

@@ -8,11 +8,12 @@
 //! [`repair`] checks that those who have seen the same writes hold the same records, and
 //! [`tracking`] knows who has seen which; [`coordinator`] carries reads and writes over the
 //! replicas of a key, and [`membership`] knows who is there. [`register`] is what all members must
-//! agree on, one value a register. [`room`] bounds what a node keeps for others.
+//! agree on, one value a register, and [`keys`] makes registers of the keys of a namespace. [`room`] bounds what a node keeps for others.
 
 #![forbid(unsafe_code)]
 
 pub mod coordinator;
+pub mod keys;
 pub mod member;
 pub mod membership;
 pub mod message;

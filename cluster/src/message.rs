@@ -20,12 +20,14 @@ use crate::register::{AcceptResult, Ballot, PrepareResult, RegisterId, State};
 
 mod check;
 mod gossip;
+mod keys;
 mod record;
 mod register;
 
 pub use check::{Reason, check_record};
 pub(crate) use gossip::REPORT_SIZE;
 pub use gossip::{Claim, GOSSIP_MESSAGE_SIZE_MAX, Gossip, Report, Said, Vitals};
+pub use keys::{KeyAsk, KeyResult};
 pub use record::{RECORD_HEADER_SIZE, RecordList, RecordPage};
 
 /// Largest message, in bytes: a record with the largest value that a configuration may allow,
@@ -278,6 +280,34 @@ pub enum PeerMessage<'a> {
         /// Whether it is accepted.
         result: AcceptResult,
     },
+    /// What do you hold under this key of a linearizable namespace, and do you promise the ballot?
+    KeyAsk {
+        /// Of the request.
+        id: u64,
+        /// Of the sender's topology.
+        epoch: u32,
+        /// The question.
+        ask: KeyAsk<'a>,
+    },
+    /// Answers `KeyAsk`.
+    KeySaid {
+        /// Of the request.
+        id: u64,
+        /// As asked.
+        ballot: Timestamp,
+        /// The answer.
+        result: KeyResult<'a>,
+    },
+    /// Accept this record of a register, if the ballot that is its stamp stands promised. Answered
+    /// by `WriteDone`.
+    KeyAccept {
+        /// Of the request.
+        id: u64,
+        /// Of the sender's topology.
+        epoch: u32,
+        /// The record.
+        record: RecordRef<'a>,
+    },
     /// Whether the sender can keep copies of partitions that it is no home of.
     Room {
         /// It can.
@@ -383,6 +413,9 @@ mod kind {
     pub(super) const PROMISE: u8 = 33;
     pub(super) const ACCEPT: u8 = 34;
     pub(super) const ACCEPTED: u8 = 35;
+    pub(super) const KEY_ASK: u8 = 36;
+    pub(super) const KEY_SAID: u8 = 37;
+    pub(super) const KEY_ACCEPT: u8 = 38;
     pub(super) const ROOM: u8 = 20;
 }
 
@@ -414,6 +447,9 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Promise { .. } => "promise",
             PeerMessage::Accept { .. } => "accept",
             PeerMessage::Accepted { .. } => "accepted",
+            PeerMessage::KeyAsk { .. } => "key_ask",
+            PeerMessage::KeySaid { .. } => "key_said",
+            PeerMessage::KeyAccept { .. } => "key_accept",
             PeerMessage::Room { .. } => "room",
         }
     }
@@ -599,6 +635,13 @@ impl<'a> PeerMessage<'a> {
                 register::encode_head(kind::ACCEPTED, *register, *ballot, out);
                 register::encode_accepted(*result, out);
             }
+            PeerMessage::KeyAsk { id, epoch, ask } => keys::encode_ask(*id, *epoch, ask, out),
+            PeerMessage::KeySaid { id, ballot, result } => {
+                keys::encode_said(*id, *ballot, result, out);
+            }
+            PeerMessage::KeyAccept { id, epoch, record } => {
+                keys::encode_accept(*id, *epoch, record, out);
+            }
             PeerMessage::Room { is_left } => {
                 out.put_u8(kind::ROOM);
                 out.put_u8(u8::from(*is_left));
@@ -749,6 +792,7 @@ impl<'a> PeerMessage<'a> {
             kind::PREPARE | kind::PROMISE | kind::ACCEPT | kind::ACCEPTED => {
                 register::decode(kind, &mut reader)?
             }
+            kind::KEY_ASK | kind::KEY_SAID | kind::KEY_ACCEPT => keys::decode(kind, &mut reader)?,
             kind::ROOM => PeerMessage::Room { is_left: flag(&mut reader)? },
             _ => return Err(Malformed("unknown kind of message")),
         };

@@ -271,6 +271,7 @@ pub(crate) async fn prepare<D: Disk, R: Runtime>(
         control_at: Cell::default(),
         whole: Cell::new(false),
         unsettled: RefCell::new(Unsettled::new()),
+        reserved: RefCell::default(),
         space: SpaceWatch::new(thresholds, space),
         scrub: Scrub::new(scrub_start),
         scrub_asked: Notify::default(),
@@ -342,7 +343,7 @@ fn greatest_stamp<F>(set: &TableSet<F>) -> Timestamp {
 /// so sequences begin at the microsecond in which the directory was made, and no partition is ever
 /// written once a microsecond. What lies below is a gap like that of a crash: it ends when all
 /// members have told what they have of it, and given it back.
-fn first_sequence(identity: &Identity, options: &Options) -> u64 {
+pub(crate) fn first_sequence(identity: &Identity, options: &Options) -> u64 {
     if options.replicated { identity.created.0 } else { 0 }
 }
 

@@ -645,6 +645,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             Done::OwnRead { op, as_of, is_primary, base, found } => {
                 self.own_read_done(op, (as_of, is_primary), &base, found);
             }
+            Done::KeyBalloted { id, version, is_drawn } => self.key_balloted(id, version, is_drawn),
+            Done::KeyRead(read) => self.key_read(read),
             Done::Adopted(adopted) => {
                 if let Err((_, what)) = adopted {
                     tracing::warn!(what, "another node's namespaces were not taken over");

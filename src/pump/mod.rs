@@ -69,7 +69,7 @@ use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
 use admission::Admission;
 use execute::Pending;
-use replication::{Changed, FilledPage, MergedPage, OwnWrite, Replication};
+use replication::{Changed, FilledPage, KeyRead, MergedPage, OwnWrite, Replication};
 use revive::Revival;
 use sessions::{Session, Sessions};
 use waiting::WaitingTasks;
@@ -202,6 +202,14 @@ enum Done {
         base: VersionVector,
         found: annulus_engine::Result<Found>,
     },
+    /// A version was drawn for an operation on a register, or could not be.
+    KeyBalloted {
+        id: u64,
+        version: annulus_cluster::keys::Version,
+        is_drawn: bool,
+    },
+    /// A register was read for its proposer.
+    KeyRead(KeyRead),
     /// Another node's newer catalogue was made this node's, or could not be.
     Adopted(Result<(), (Status, String)>),
     /// A page for a replica that catches up.
@@ -315,6 +323,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if options.replication.is_some() {
             shard.watch_touched();
         }
+        let floor = shard.floor();
         Pump {
             shard,
             runtime,
@@ -339,7 +348,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             desk: options.desk,
             replication: options
                 .replication
-                .map(|it| Box::new(Replication::new(it, cluster, options.map, now))),
+                .map(|it| Box::new(Replication::new(it, cluster, options.map, floor, now))),
             metrics: Rc::default(),
             admission: Admission::new(now),
             answered_at_once: 0,

@@ -17,7 +17,9 @@ use annulus_net::wire::scan::{Scan, TOMBSTONES};
 use annulus_net::wire::status::Status;
 
 use super::admission::Place;
+use super::replication::with_client_record;
 use super::{Done, Origin, Pump, TASKS_MAX};
+use crate::namespaces::Mode;
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn route_scan(&mut self, origin: Origin, deadline: Instant, scan: &Scan<'_>) {
@@ -86,6 +88,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (namespace, after) = (scan.namespace, scan.after.to_vec());
         let all = scan.flags & TOMBSTONES != 0;
         let known = self.namespace(namespace).is_ok();
+        let is_register = self.replication.is_some()
+            && self.namespace(namespace).is_ok_and(|it| it.mode == Mode::Linearizable);
         self.metrics.borrow_mut().counters.scans += 1;
         self.spawn(async move {
             if !known {
@@ -96,7 +100,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             let request = ScanRequest { range, after, namespace: Some(namespace) };
             let next = shard
                 .scan(&request, &mut |record| {
-                    if all || record.kind != Kind::Siblings && record.is_live(wall) {
+                    let is_shown = all || record.kind != Kind::Siblings && record.is_live(wall);
+                    if is_shown && is_register {
+                        with_client_record(record, |record| page.push(record));
+                    } else if is_shown {
                         page.push(record);
                     } else if record.kind == Kind::Siblings {
                         push_siblings(&mut page, record, wall);

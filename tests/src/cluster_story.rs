@@ -12,7 +12,7 @@ use annulus_net::wire::fields::{Level, OperationFlags};
 
 use crate::calls::{CallMix, Target};
 use crate::checker::{Violation, describe};
-use crate::cluster::{ClusterOptions, LWW, SIBLINGS, SimCluster};
+use crate::cluster::{ClusterOptions, LWW, REGISTERS, SIBLINGS, SimCluster};
 use crate::network::Weather;
 use crate::troubles::{self, Severity, Trouble};
 
@@ -134,6 +134,35 @@ impl ClusterStory {
         story
     }
 
+    /// A story of a few keys that are linearizable registers.
+    #[must_use]
+    pub fn draw_registers(seed: u64) -> ClusterStory {
+        let mut chance = Chance::new(seed ^ 0x0CA5);
+        let mut story = ClusterStory::draw(seed);
+        let options = &mut story.options;
+        options.nodes = [1, 3, 3, 3, 3, 4, 5, 5][chance.index(8)];
+        let copies = [3, 3, 5][chance.index(3)];
+        options.replicas = u8::try_from(options.nodes.min(copies)).expect("at most five");
+        options.durability = Durability::Sync;
+        let target = Target {
+            namespace: REGISTERS,
+            keys: [2, 3, 5][chance.index(3)],
+            weights: [8, 4, chance.below(4), 3, 5],
+            ttl_one_in: 0,
+        };
+        let mut targets = vec![target];
+        if chance.one_in(3) {
+            targets.extend(options.mix.targets.pop());
+        }
+        options.mix.targets = targets;
+        options.mix.levels = vec![Level::Default, Level::Default, Level::ONE];
+        if options.nodes > 1 {
+            options.mix.levels.extend([Level::Quorum, Level::All]);
+        }
+        options.mix.flags = vec![OperationFlags::default()];
+        story
+    }
+
     /// Tells it.
     ///
     /// # Errors
@@ -149,6 +178,9 @@ impl ClusterStory {
             let ClusterOptions { nodes, shards, .. } = self.options;
             let mut begin = cluster.now();
             let mut plan = troubles::draw(&mut chance, nodes, shards, self.nanos, self.severity);
+            if self.has_registers() {
+                keep_a_majority(&mut plan);
+            }
             if chance.one_in(2) {
                 let at = plan.get(chance.index(plan.len() + 1)).map_or(self.nanos, |(at, _)| *at);
                 plan.push((at, Trouble::Lull(chance.between(3_000, 6_000) * MS)));
@@ -176,6 +208,10 @@ impl ClusterStory {
             changes: cluster.changes_of_namespaces().0,
         };
         Ok(told)
+    }
+
+    fn has_registers(&self) -> bool {
+        self.options.mix.targets.iter().any(|target| target.namespace == REGISTERS)
     }
 
     fn start_all(&self, cluster: &mut SimCluster) -> Result<(), String> {
@@ -255,5 +291,16 @@ impl ClusterStory {
             }
         }
         text
+    }
+}
+
+/// What a majority of disks held is lost with a majority of them, and no register outlives that: one
+/// loss a chapter, before the others catch up.
+fn keep_a_majority(plan: &mut [(u64, Trouble)]) {
+    let losses = plan.iter_mut().filter(|(_, trouble)| matches!(trouble, Trouble::LoseDisks(_)));
+    for (_, trouble) in losses.skip(1) {
+        if let Trouble::LoseDisks(node) = trouble {
+            *trouble = Trouble::Crash(*node);
+        }
     }
 }

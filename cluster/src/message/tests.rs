@@ -5,6 +5,7 @@ use annulus_engine::model::{Context, Dot, Kind, OriginId, Record, WallMicros};
 use proptest::prelude::*;
 
 use super::*;
+use crate::keys::{Head, Shown};
 use crate::member::NodeId;
 
 const SEED: u64 = 7;
@@ -68,7 +69,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     let key = prop::collection::vec(any::<u8>(), 1..20);
     let pairs = prop::collection::vec(any::<(u64, u64)>(), 0..5);
     let records = prop::collection::vec(records(), 1..4);
-    let kinds = prop_oneof![1u8..=20, 32u8..=35];
+    let kinds = prop_oneof![1u8..=20, 32u8..=38];
     (kinds, any::<u8>(), any::<[u64; 4]>(), any::<[u32; 3]>(), bytes, key, records, pairs).prop_map(
         |(kind, choice, long, short, bytes, key, records, pairs)| Parts {
             page: records.iter().map(Record::as_ref).collect(),
@@ -107,6 +108,24 @@ impl Parts {
             1 => ReadResult::Digest { as_of, is_primary, digest: self.long[2] },
             2 => ReadResult::Refused(self.choice.into()),
             _ => ReadResult::Unknown,
+        }
+    }
+
+    fn key_result(&self) -> KeyResult<'_> {
+        let purged = Timestamp(self.long[1]);
+        let dot = Dot { origin: OriginId(self.short[0]), sequence: self.long[3].max(1) };
+        let head = Head {
+            stored: (Timestamp(self.long[0]), dot),
+            version: (Timestamp(self.long[2]), dot),
+            is_put: self.choice & 16 == 0,
+            expiry_ms: self.long[1],
+        };
+        let is_there = self.choice & 8 == 0;
+        match self.choice % 4 {
+            0 => KeyResult::Head(Shown { purged, head: is_there.then_some(head) }),
+            1 => KeyResult::Whole { purged, record: is_there.then(|| self.records[0].as_ref()) },
+            2 => KeyResult::Conflict(purged),
+            _ => KeyResult::Refused(self.choice.into()),
         }
     }
 
@@ -269,6 +288,19 @@ impl Parts {
                     _ => AcceptResult::Conflict(self.ballot(long1)),
                 },
             },
+            36 => PeerMessage::KeyAsk {
+                id,
+                epoch,
+                ask: KeyAsk {
+                    ballot: Timestamp(long2),
+                    token: Token(long1),
+                    namespace: NamespaceId(index),
+                    key: &self.key,
+                    want: if self.choice & 1 == 0 { Want::Full } else { Want::Digest },
+                },
+            },
+            37 => PeerMessage::KeySaid { id, ballot: Timestamp(long2), result: self.key_result() },
+            38 => PeerMessage::KeyAccept { id, epoch, record: self.records[0].as_ref() },
             16 => PeerMessage::Settings {
                 client: &self.key,
                 generation: long1,
@@ -341,7 +373,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_refused_or_a_message(kind in 0u8..=36, bytes: Vec<u8>) {
+    fn any_bytes_are_refused_or_a_message(kind in 0u8..=39, bytes: Vec<u8>) {
         decode_hostile(&bytes);
         decode_hostile(&[&[kind], &bytes[..]].concat());
     }
@@ -405,14 +437,14 @@ fn every_kind_begins_with_its_number() {
         pairs: vec![(1, 2)],
     };
     let names: std::collections::BTreeSet<&str> = (1..=20)
-        .chain(32..=35)
+        .chain(32..=38)
         .map(|kind| {
             let parts = Parts { kind, ..parts.clone() };
             assert_eq!(encoded(&parts.message())[0], kind);
             parts.message().name()
         })
         .collect();
-    assert_eq!(names.len(), 24);
+    assert_eq!(names.len(), 27);
 }
 
 #[test]

@@ -39,7 +39,7 @@ pub mod proposer;
 pub mod state;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use acceptor::{AcceptResult, Acceptor, PrepareResult, Vote};
 pub use ballot::{Ballot, BallotSource};

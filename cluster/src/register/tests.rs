@@ -4,7 +4,7 @@
 //! Invariant: a run follows from its seed. Acceptors have a disk that takes its time; what was not
 //! written when an acceptor crashes is written or lost, by chance. Proposers forget everything.
 
-mod history;
+pub(crate) mod history;
 
 use std::collections::BTreeMap;
 

@@ -324,6 +324,14 @@ impl Tracking {
         entries.iter().map(read).collect()
     }
 
+    /// Whether the message tells of a life of the peer that was not known: it may have forgotten
+    /// what it said before.
+    #[must_use]
+    pub fn begins_life(&self, from: PeerShard, message: &PeerMessage<'_>) -> bool {
+        let PeerMessage::Track { version, .. } = message else { return false };
+        self.peers.get(&from).is_some_and(|peer| life_of(*version) > peer.life)
+    }
+
     /// Takes in the lines if they follow on what is here. Gives the version that is here now, or
     /// `None` if the message is from before the peer's last start.
     fn take_round(

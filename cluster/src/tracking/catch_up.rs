@@ -226,6 +226,14 @@ impl Tracking {
             .collect()
     }
 
+    /// Whether this replica has seen all that any other has announced of the partition.
+    #[must_use]
+    pub fn has_all(&self, partition: PartitionId, replica: &impl Replica) -> bool {
+        let seen = replica.seen(partition);
+        let mut entries = self.others(partition).filter_map(|(_, p)| p.entries.get(&partition));
+        entries.all(|entry| seen.covers(&entry.seen))
+    }
+
     fn is_closed(&self, partition: PartitionId, seen: &SeenSet) -> bool {
         let has_answered = |peer: &Peer| peer.knows_us_since.is_some_and(|at| peer.clock > at);
         if !self.others(partition).all(|(_, peer)| has_answered(peer)) {

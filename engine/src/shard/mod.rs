@@ -23,6 +23,7 @@ mod read_times;
 mod reopen;
 mod replicas;
 mod replicate;
+mod reserved;
 mod retention;
 mod scan;
 mod scrub;
@@ -49,6 +50,7 @@ pub(crate) use memory::Memory;
 pub(crate) use notify::Notify;
 pub(crate) use read_times::ReadTimes;
 pub(crate) use replicas::{FIRST_INCARNATION, Replicas};
+pub(crate) use reserved::Reserved;
 pub(crate) use retention::Keep;
 pub(crate) use scrub::Scrub;
 pub(crate) use space::{SpaceWatch, Thresholds};
@@ -107,6 +109,8 @@ pub(crate) struct ShardState<D: Disk, R: Runtime> {
     /// No own write of an earlier life can be missing: see `progress.rs`.
     pub(crate) whole: Cell<bool>,
     pub(crate) unsettled: RefCell<Unsettled>,
+    /// Versions that were given out before their write.
+    pub(crate) reserved: RefCell<Reserved>,
     pub(crate) space: SpaceWatch,
     pub(crate) stats: RefCell<Counters>,
     /// Where the log holds the last drop of a partition.

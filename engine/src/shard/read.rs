@@ -188,7 +188,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     ///
     /// # Errors
     /// Whatever the disk says.
-    pub(super) async fn get_readable(
+    pub async fn get_readable(
         &self,
         token: Token,
         namespace: NamespaceId,

@@ -285,7 +285,7 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         let now = versions.clock.tick(wall);
         // What the log cannot take now is asked of it again.
         let _ = state.reserve(&mut versions, now, 0, wall);
-        now.min(versions.durable_ceilings().0)
+        state.held_back(now.min(versions.durable_ceilings().0))
     }
 
     fn has_seen(&self, token: Token, dot: Dot) -> bool {

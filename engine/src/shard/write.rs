@@ -228,8 +228,9 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
     #[must_use]
     pub fn complete_up_to(&self, wall: WallMicros) -> Timestamp {
         let visible = self.state.log.visible();
-        match self.state.unsettled.borrow_mut().oldest(visible) {
-            Some(oldest) => Timestamp(oldest.0 - 1),
+        let unsettled = self.state.unsettled.borrow_mut().oldest(visible);
+        match unsettled {
+            Some(oldest) => self.state.held_back(Timestamp(oldest.0 - 1)),
             None => self.clock_now(wall),
         }
     }

@@ -32,6 +32,7 @@ use annulus_net::wire::status::Status;
 
 use super::exchange::View;
 use super::forward::micros_until;
+use super::keys::Keys;
 use super::standin::NoRoom;
 use super::trace::Trace;
 use super::{EPOCH, Letter};
@@ -92,7 +93,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     }
 
     /// How many copies the namespace really has, and what it asks of requests that say nothing.
-    fn defaults(&self, namespace: &Namespace, copies: u8) -> Defaults {
+    pub(super) fn defaults(&self, namespace: &Namespace, copies: u8) -> Defaults {
         Defaults {
             n: namespace.n,
             copies,
@@ -121,6 +122,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             Ok(namespace) => namespace.clone(),
             Err(failure) => return refuse(self, target, failure),
         };
+        if namespace.mode == Mode::Linearizable {
+            return self.coordinate_key(target, deadline, hops, request, &namespace);
+        }
         let Some(replication) = &mut self.replication else { return };
         let partition = request.token().partition(self.map.partition_bits());
         let topology = std::rc::Rc::clone(&replication.topology);
@@ -479,6 +483,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// This shard's own part of a write has ended.
     pub(in crate::pump) fn local_done(&mut self, op: OpId, answer: &Answer<'_>) {
+        if Keys::is_key_id(op.0) {
+            return self.key_logged(op.0, !matches!(answer, Answer::Failure(_)));
+        }
         if !matches!(answer, Answer::Failure(_)) {
             return self.own_ack(op);
         }
@@ -492,6 +499,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// A replica has answered a write.
     pub(super) fn write_done(&mut self, from: NodeId, id: u64, result: WriteResult) {
+        if Keys::is_key_id(id) {
+            return self.key_accepted(from, id, result);
+        }
         let (moment, op) = (self.moment(), OpId(id));
         let Some(replication) = &mut self.replication else { return };
         replication.note(op, |trace| match result {

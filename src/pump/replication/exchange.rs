@@ -108,6 +108,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             done = tracking.guests_done(&view);
             if self.shard.lost_after().is_some() {
                 closed = tracking.gaps_closed(&view);
+                // A new directory in the place of a lost one is whole when it has what the others
+                // have, and votes on registers from then on.
+                closed.retain(|gap| {
+                    !gap.is_void
+                        || self.shard.is_founded(gap.partition)
+                        || tracking.has_all(gap.partition, &view)
+                });
             }
         }
         for floor in floors {
@@ -154,6 +161,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn exchange(&mut self, from: PeerShard, message: &PeerMessage<'_>, raw: &[u8]) {
         match message {
             PeerMessage::Track { .. } | PeerMessage::TrackDone { .. } => {
+                if let Some(replication) = &self.replication
+                    && replication.tracking.begins_life(from, message)
+                {
+                    // Before it hears that its life is known here.
+                    replication.keys.bar();
+                    self.key_home_lost(from.node);
+                }
                 let Some(replication) = &mut self.replication else { return };
                 let view = View { shard: &self.shard, wall: self.wall };
                 let Replication { tracking, letters, .. } = &mut **replication;
@@ -202,6 +216,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             let Some(replication) = &mut self.replication else { return };
             let actions = &mut replication.actions;
             replication.coordinator.peer_down(moment, node, actions);
+            self.key_home_lost(node);
             self.repair_peer_down(node);
         }
     }

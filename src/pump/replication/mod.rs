@@ -9,6 +9,7 @@
 //!                     repair.rs       replicas that should be equal are compared
 //!                     refill.rs       what a damaged disk held comes from others
 //!                     gossip.rs       who is there
+//! linearizable keys   -> keys.rs      a register each, over its homes
 //! operator's command  -> admin.rs, registers.rs   what all members agree on
 //! ```
 //!
@@ -20,6 +21,7 @@ mod coordinate;
 mod exchange;
 mod forward;
 mod gossip;
+mod keys;
 mod refill;
 mod registers;
 mod repair;
@@ -37,7 +39,7 @@ use annulus_cluster::room::Room;
 use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
 use annulus_cluster::{NodeId, Topology};
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{Instant, PartitionId};
+use annulus_engine::model::{Instant, PartitionId, Timestamp};
 use annulus_engine::runtime::Runtime;
 use annulus_net::wire::status::Status;
 
@@ -46,6 +48,8 @@ use coordinate::Operation;
 pub(super) use coordinate::OwnWrite;
 use forward::Forwarded;
 use gossip::Gossip;
+use keys::Keys;
+pub(super) use keys::{KeyRead, with_client_record};
 pub(super) use refill::FilledPage;
 use refill::Refill;
 pub(super) use registers::Changed;
@@ -105,6 +109,7 @@ pub(super) struct Replication {
     refill: Refill,
     gossip: Gossip,
     registers: Registers,
+    keys: Keys,
     /// For copies of partitions that are not this node's.
     room: Room,
     letters: Vec<Letter>,
@@ -126,6 +131,7 @@ impl Replication {
         options: ReplicationOptions,
         cluster: u128,
         map: ShardMap,
+        floor: Timestamp,
         now: Instant,
     ) -> Replication {
         let own = options.topology.own();
@@ -136,6 +142,7 @@ impl Replication {
         for node in options.topology.nodes().iter().filter(|node| node.id != own) {
             coordinator.health_mut().set_linked(node.id, false);
         }
+        let keys = Keys::new(options.topology.partition_bits(), floor, first_id);
         let gossip = Gossip::new(&options.topology, options.life, map.own(), now);
         Replication {
             coordinator,
@@ -155,6 +162,7 @@ impl Replication {
             refill: Refill::new(now),
             gossip,
             registers,
+            keys,
             room: Room::new(options.room_bytes_max),
             letters: Vec::new(),
             actions: Vec::new(),
@@ -209,7 +217,8 @@ impl Replication {
         let operations = self.coordinator.next_timeout();
         let forwards = (!self.forwarded.is_empty()).then_some(self.next_sweep);
         let registers = self.registers.next_timeout();
-        let soonest = operations.into_iter().chain(forwards).chain(registers).min();
+        let keys = self.keys.next_timeout();
+        let soonest = operations.into_iter().chain(forwards).chain(registers).chain(keys).min();
         let background = self.next_exchange.min(self.repair.next_timeout());
         let background = self.gossip.next_timeout().map_or(background, |at| at.min(background));
         soonest.map_or(background, |at| at.min(background))
@@ -235,6 +244,7 @@ impl Replication {
             && self.actions.is_empty()
             && self.coordinator.is_empty()
             && self.registers.is_idle()
+            && self.keys.is_idle()
     }
 }
 
@@ -258,11 +268,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
         }
         self.count_room();
+        self.forget_promises();
     }
 
     /// The end of a turn: what was decided is carried out, and all letters leave.
     pub(super) fn replicate(&mut self, wires: &mut dyn Wires, links: &mut dyn Links) -> bool {
         let mut worked = self.act(wires);
+        worked |= self.keys_turn(wires);
         worked |= self.registers_turn();
         self.exchange_turn();
         self.repair_turn();

@@ -29,6 +29,7 @@ use annulus_engine::model::{
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{MergedIn, ScanRequest, Shard};
 
+use super::keys::LateRecords;
 use crate::namespaces::Mode;
 use crate::pump::{Done, Lane, Pump};
 
@@ -42,6 +43,9 @@ const PAGE_TIMEOUT_NANOS: u64 = 10_000_000_000;
 const LOOK_NANOS: u64 = 1_000_000_000;
 /// Pause of a merge that memory refuses, in nanoseconds.
 const BUSY_PAUSE_NANOS: u64 = 5_000_000;
+
+/// How often a register is looked at that has to be settled before it can be filled.
+const REGISTER_TRIES_MAX: u32 = 400;
 
 /// Where a page begins: behind this key, if there is one.
 type Place = (Token, Option<(NamespaceId, Vec<u8>)>);
@@ -251,6 +255,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             .collect();
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));
         let page = Page {
+            late: replication.keys.late(),
+            bits: self.map.partition_bits(),
             shard: self.shard.clone(),
             runtime: self.runtime.clone(),
             range: filling.range,
@@ -321,6 +327,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 records = filling.records,
                 "what could not be read is whole again"
             );
+            // What was accepted here and lost stays promised.
+            let promised = self.shard.clock_now(self.wall);
+            if let Some(replication) = &self.replication {
+                replication.keys.raise(filling.partition, promised);
+            }
             self.touch_partition(filling.partition);
             if let Some(replication) = &mut self.replication {
                 replication.refill.next_look = now;
@@ -336,6 +347,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     }
 
     pub(super) fn set_floor(&self, floor: Floor) {
+        if let Some(replication) = &self.replication {
+            replication.keys.purge(floor.partition, floor.purge);
+        }
         self.shard.set_purge_floor(floor.partition, floor.purge);
         self.shard.set_stable(floor.partition, floor.stable);
     }
@@ -350,6 +364,8 @@ fn key_of(record: &RecordRef<'_>) -> Key {
 
 /// A page of the helper, and what is needed to merge it.
 struct Page<D: Disk, R: Runtime> {
+    late: LateRecords,
+    bits: u32,
     shard: Shard<D, R>,
     runtime: R,
     range: TokenRange,
@@ -445,13 +461,18 @@ impl<D: Disk, R: Runtime> Page<D, R> {
 
     async fn again(&self, record: &RecordRef<'_>, is_state: bool) -> Result<Option<Lsn>, Error> {
         debug_assert!(record.timestamp > Timestamp::ZERO);
+        let mut tries = 0;
         loop {
+            tries += 1;
+            let is_register = self.modes.get(&record.namespace) == Some(&Mode::Linearizable);
             let result = match is_state {
                 true => self.shard.merge_state_again(record).await,
+                false if is_register => self.register_again(record).await,
                 false => self.shard.merge_again(record, self.runtime.wall()).map(MergedIn::Applied),
             };
             match result {
-                Err(Error::Busy { .. }) => {
+                // Of a register that cannot be settled the whole refill is tried again.
+                Err(Error::Busy { .. }) if !is_register || tries < REGISTER_TRIES_MAX => {
                     let until = self.runtime.now().after_nanos(BUSY_PAUSE_NANOS);
                     self.runtime.sleep_until(until).await;
                 }
@@ -460,5 +481,19 @@ impl<D: Disk, R: Runtime> Page<D, R> {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// A record of a register, which may have to be settled first. `Busy` until then.
+    async fn register_again(&self, record: &RecordRef<'_>) -> Result<MergedIn, Error> {
+        let found = self.shard.get_readable(record.token, record.namespace, record.key).await?;
+        if found.is_some_and(|found| found.as_ref().version() >= record.version()) {
+            return Ok(MergedIn::Duplicate);
+        }
+        if !self.late.may_merge(&self.shard, self.bits, record) {
+            return Err(Error::Busy { what: "a register is being settled" });
+        }
+        let lsn = self.shard.merge_again(record, self.runtime.wall())?;
+        self.late.merged(record);
+        Ok(MergedIn::Applied(lsn))
     }
 }

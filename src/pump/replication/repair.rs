@@ -36,6 +36,7 @@ use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{MergedIn, ScanRequest, Shard, Touch};
 
 use super::exchange::View;
+use super::keys::LateRecords;
 use crate::metrics::ShardSnapshot;
 use crate::namespaces::Mode;
 use crate::pump::{Done, Lane, Pump, TASKS_MAX};
@@ -585,6 +586,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             .map(|namespace| (namespace.id, (namespace.mode, copies(namespace.n))))
             .collect();
         let merge = MergeAgain {
+            late: replication.keys.late(),
+            bits: self.map.partition_bits(),
             shard: self.shard.clone(),
             runtime: self.runtime.clone(),
             partition,
@@ -721,6 +724,8 @@ fn add_status(sum: &mut RepairStatus, other: &RepairStatus) {
 
 /// A page of records to be merged although their writes are seen.
 struct MergeAgain<D: Disk, R: Runtime> {
+    late: LateRecords,
+    bits: u32,
     shard: Shard<D, R>,
     runtime: R,
     partition: PartitionId,
@@ -780,7 +785,15 @@ impl<D: Disk, R: Runtime> MergeAgain<D, R> {
         if !is_wanted || !is_current() {
             return Ok(None);
         }
-        self.shard.merge_again(record, self.runtime.wall()).map(Some)
+        if *mode != Mode::Linearizable {
+            return self.shard.merge_again(record, self.runtime.wall()).map(Some);
+        }
+        if !self.late.may_merge(&self.shard, self.bits, record) {
+            return Ok(None);
+        }
+        let lsn = self.shard.merge_again(record, self.runtime.wall())?;
+        self.late.merged(record);
+        Ok(Some(lsn))
     }
 
     /// Whether of two contents of one version the other is to stand.

@@ -66,6 +66,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             answer @ (PeerMessage::Promise { .. } | PeerMessage::Accepted { .. }) => {
                 self.holder_answered(from.node, answer);
             }
+            PeerMessage::KeyAsk { id, ask, .. } => self.answer_ask(Some(from), id, &ask),
+            PeerMessage::KeySaid { id, ballot, result } => {
+                self.key_said(from.node, id, ballot, &result);
+            }
+            PeerMessage::KeyAccept { id, record, .. } => self.accept_record(from, id, &record),
             PeerMessage::Room { is_left } => self.take_room(from, is_left),
             background => self.exchange(from, &background, bytes),
         }
@@ -119,6 +124,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     ) {
         let origin = (id != 0).then_some(Origin::Replica { from, id });
         let mode = match self.check_peer_record(record) {
+            // Registers are written by their own messages.
+            Ok(Mode::Linearizable) => {
+                let (status, reason) = (Status::BAD_REQUEST, Reason::Namespace);
+                return self.refuse_peer(from, id, status, reason);
+            }
             Ok(mode) => mode,
             Err((status, reason)) => return self.refuse_peer(from, id, status, reason),
         };

@@ -26,6 +26,7 @@ use annulus_engine::model::{
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{MergedIn, ScanRequest, Shard};
 
+use super::keys::LateRecords;
 use crate::namespaces::Mode;
 use crate::pump::{Done, Lane, Pump};
 
@@ -51,6 +52,8 @@ pub(super) struct Session {
     /// The last write merged so far.
     last: Lsn,
     records: u64,
+    /// Something could not be merged yet: nothing is to be adopted.
+    is_spoiled: bool,
     deadline: Instant,
     /// A page is being merged; no other is awaited.
     merging: bool,
@@ -63,6 +66,8 @@ pub(in crate::pump) struct MergedPage {
     pub(in crate::pump) last: Lsn,
     /// Records that were news.
     pub(in crate::pump) merged: u64,
+    /// A key must be mended first.
+    pub(in crate::pump) is_spoiled: bool,
     /// Where the next page begins.
     pub(in crate::pump) next: Option<(Token, NamespaceId, Vec<u8>)>,
 }
@@ -102,6 +107,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             adopted: None,
             last: Lsn(0),
             records: 0,
+            is_spoiled: false,
             deadline: self.now.after_nanos(PAGE_TIMEOUT_NANOS),
             merging: false,
         };
@@ -236,10 +242,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));
         let modes: Vec<(NamespaceId, Mode)> =
             self.catalogue.iter().map(|namespace| (namespace.id, namespace.mode)).collect();
+        let late = (replication.keys.late(), self.map.partition_bits());
         let (shard, runtime, raw) = (self.shard.clone(), self.runtime.clone(), raw.to_vec());
         self.spawn(async move {
-            let merged = merge_page(&shard, &runtime, &raw, &modes).await;
-            let merged = merged.map(|(last, merged)| MergedPage { last, merged, next });
+            let mut page = MergedPage { last: Lsn(0), merged: 0, is_spoiled: false, next };
+            let merged = merge_page(&shard, &runtime, &raw, &modes, &late, &mut page).await;
+            let merged = merged.map(|()| page);
             Done::SyncMerged { id, merged }
         });
     }
@@ -260,10 +268,15 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         };
         session.last = session.last.max(page.last);
         session.records += page.merged;
+        session.is_spoiled |= page.is_spoiled;
+        let is_spoiled = session.is_spoiled;
         self.metrics.borrow_mut().counters.synced_records += page.merged;
         let (partition, helper, last) = (session.partition, session.helper, session.last);
         if let Some((token, namespace, key)) = page.next {
             return self.ask_page(id, partition, helper, token, Some((namespace, &key)));
+        }
+        if is_spoiled {
+            return self.end_sync(id, false);
         }
         let Some(seen) = session.adopted.take() else { return };
         debug_assert!(last <= self.shard.visible(), "a page ends when it is visible");
@@ -302,22 +315,25 @@ async fn merge_page<D: Disk, R: Runtime>(
     runtime: &R,
     raw: &[u8],
     modes: &[(NamespaceId, Mode)],
-) -> Result<(Lsn, u64), Error> {
-    let (mut last, mut merged) = (Lsn(0), 0);
+    late: &(LateRecords, u32),
+    page: &mut MergedPage,
+) -> Result<(), Error> {
     let Ok(PeerMessage::SyncPage { records, .. }) = PeerMessage::decode(raw) else {
-        return Ok((last, merged));
+        return Ok(());
     };
     for (at, record) in records.iter().enumerate() {
         if at % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1 {
             runtime.yield_now().await;
         }
-        let siblings =
-            record.kind == Kind::Siblings || modes.contains(&(record.namespace, Mode::Siblings));
+        let mode = modes.iter().find(|(id, _)| *id == record.namespace).map(|(_, mode)| *mode);
+        let siblings = record.kind == Kind::Siblings || mode == Some(Mode::Siblings);
         let result = loop {
-            let result = if siblings {
-                shard.merge_in_state(&record).await
-            } else {
-                shard.merge_in(&record, runtime.wall())
+            let result = match mode {
+                _ if siblings => shard.merge_in_state(&record).await,
+                Some(Mode::Linearizable) => {
+                    merge_register(shard, runtime, late, &record, page).await
+                }
+                _ => shard.merge_in(&record, runtime.wall()),
             };
             match result {
                 Err(Error::Busy { .. }) => {
@@ -327,10 +343,34 @@ async fn merge_page<D: Disk, R: Runtime>(
             }
         };
         if let MergedIn::Applied(lsn) = result? {
-            last = last.max(lsn);
-            merged += 1;
+            page.last = page.last.max(lsn);
+            page.merged += 1;
         }
     }
-    shard.wait_visible(last).await?;
-    Ok((last, merged))
+    shard.wait_visible(page.last).await
+}
+
+/// Merges a record of a register, if a promise allows it and it is news.
+async fn merge_register<D: Disk, R: Runtime>(
+    shard: &Shard<D, R>,
+    runtime: &R,
+    (late, bits): &(LateRecords, u32),
+    record: &RecordRef<'_>,
+    page: &mut MergedPage,
+) -> Result<MergedIn, Error> {
+    let found = shard.get_taken(record.token, record.namespace, record.key).await;
+    match found {
+        Ok(Some(found)) if found.as_ref().version() >= record.version() => {
+            return Ok(MergedIn::Duplicate);
+        }
+        Ok(_) | Err(Error::Corrupt { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    if !late.may_merge(shard, *bits, record) {
+        page.is_spoiled = true;
+        return Ok(MergedIn::Duplicate);
+    }
+    let lsn = shard.merge_again(record, runtime.wall())?;
+    late.merged(record);
+    Ok(MergedIn::Applied(lsn))
 }

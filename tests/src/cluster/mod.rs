@@ -55,6 +55,9 @@ pub const LWW: NamespaceId = NamespaceId(0);
 /// The namespace that keeps siblings.
 pub const SIBLINGS: NamespaceId = NamespaceId(1);
 
+/// The namespace whose keys are linearizable registers. There only if the mix of calls asks for it.
+pub const REGISTERS: NamespaceId = NamespaceId(2);
+
 /// Time for the final reads, in nanoseconds.
 const AUDIT_NANOS: u64 = 120_000_000_000;
 
@@ -154,7 +157,7 @@ impl SimCluster {
             shards: options.shards,
             options: engine,
             room_bytes_max: options.room_bytes_max,
-            catalogue: Rc::new(catalogue(options.replicas)),
+            catalogue: Rc::new(catalogue(options)),
             topologies: topologies(options, engine.partition_bits),
             generations: Rc::default(),
         };
@@ -206,6 +209,7 @@ impl SimCluster {
         };
         book.add_namespace(LWW, rules(Mode::Lww));
         book.add_namespace(SIBLINGS, rules(Mode::Siblings));
+        book.add_namespace(REGISTERS, rules(Mode::Register));
         SimCluster {
             network: Network::new(chance.next_u64(), options.weather),
             streams: Streams::new(chance.next_u64(), 400_000),
@@ -777,7 +781,8 @@ fn topologies(options: &ClusterOptions, partition_bits: u32) -> Vec<Rc<Topology>
 }
 
 /// The namespaces of every simulated cluster.
-fn catalogue(replicas: u8) -> Catalogue {
+fn catalogue(options: &ClusterOptions) -> Catalogue {
+    let replicas = options.replicas;
     let mut catalogue = Catalogue::new(Compression::Lz4);
     let settings = Settings {
         n: Some(replicas),
@@ -786,8 +791,13 @@ fn catalogue(replicas: u8) -> Catalogue {
         ..Settings::default()
     };
     catalogue.set("default", &settings).expect("plain settings");
-    let siblings = Settings { mode: Some(NamespaceMode::Siblings), ..settings };
+    let siblings = Settings { mode: Some(NamespaceMode::Siblings), ..settings.clone() };
     let made = catalogue.create("siblings", &siblings, Compression::None);
     assert_eq!(made, Ok(SIBLINGS));
+    if options.mix.targets.iter().any(|target| target.namespace == REGISTERS) {
+        let registers = Settings { mode: Some(NamespaceMode::Linearizable), ..settings };
+        let made = catalogue.create("registers", &registers, Compression::None);
+        assert_eq!(made, Ok(REGISTERS));
+    }
     catalogue
 }

@@ -11,15 +11,16 @@ use crate::register::{Applied, Change, State};
 
 /// What is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ask {
+pub(crate) enum Ask {
     Read,
     Put(u64),
+    Delete,
     Swap { from: Option<u64>, to: u64 },
 }
 
 /// What was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
+pub(crate) enum Told {
     /// Read, or found otherwise than a swap expected.
     Value(Option<u64>),
     Made,
@@ -28,11 +29,11 @@ pub(super) enum Told {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Operation {
-    pub(super) ask: Ask,
-    pub(super) invoked: u64,
-    pub(super) returned: u64,
-    pub(super) told: Told,
+pub(crate) struct Operation {
+    pub(crate) ask: Ask,
+    pub(crate) invoked: u64,
+    pub(crate) returned: u64,
+    pub(crate) told: Told,
 }
 
 fn value_of(state: &State) -> Option<u64> {
@@ -44,18 +45,18 @@ impl Change for Ask {
 
     fn apply(&mut self, current: &State) -> Applied<Told> {
         let found = value_of(current);
-        let to = match *self {
+        let value = match *self {
             Ask::Read => return Applied::Keep(Told::Value(found)),
             Ask::Swap { from, .. } if from != found => return Applied::Keep(Told::Value(found)),
-            Ask::Put(to) | Ask::Swap { to, .. } => to,
+            Ask::Put(to) | Ask::Swap { to, .. } => to.to_le_bytes().to_vec(),
+            Ask::Delete => Vec::new(),
         };
-        let value = to.to_le_bytes().to_vec();
         Applied::Write { version: current.version + 1, value, reply: Told::Made }
     }
 }
 
 /// Whether some order of the operations explains every answer.
-pub(super) fn is_linearizable(history: &[Operation]) -> bool {
+pub(crate) fn is_linearizable(history: &[Operation]) -> bool {
     let asked: Vec<Operation> = history
         .iter()
         .filter(|it| it.told != Told::NotStarted && (it.ask, it.told) != (Ask::Read, Told::Perhaps))
@@ -85,6 +86,7 @@ fn search(
             (_, Told::Value(found)) => (found == value).then_some(value),
             (Ask::Read, _) => Some(value),
             (Ask::Put(to), _) => Some(Some(to)),
+            (Ask::Delete, _) => Some(None),
             (Ask::Swap { from, to }, Told::Made) => (from == value).then_some(Some(to)),
             (Ask::Swap { from, to }, _) => Some(if from == value { Some(to) } else { value }),
         };

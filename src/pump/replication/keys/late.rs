@@ -1,0 +1,79 @@
+//! Records of registers that come late: by sync, repair and refilling, not from their proposer.
+//!
+//! Invariant: one is merged only where ACCEPT would be, above every promise of its key; or else the
+//! key is mended, which merges what is known to be chosen. A home that has not caught up since it
+//! lost its disk has promised nothing, and takes all.
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, VecDeque};
+use std::rc::Rc;
+
+use annulus_cluster::keys::Promises;
+use annulus_engine::disk::Disk;
+use annulus_engine::model::{NamespaceId, RecordRef, Token};
+use annulus_engine::runtime::Runtime;
+use annulus_engine::shard::Shard;
+
+/// Most keys that wait to be mended. Others are found again.
+const WANTED_MAX: usize = 1024;
+
+type Key = (Token, NamespaceId, Vec<u8>);
+
+/// Keys to be mended, each once.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    line: VecDeque<Key>,
+    known: BTreeSet<Key>,
+}
+
+impl Wanted {
+    fn push(&mut self, record: &RecordRef<'_>) {
+        let key = (record.token, record.namespace, record.key.to_vec());
+        if self.line.len() < WANTED_MAX && self.known.insert(key.clone()) {
+            self.line.push_back(key);
+        }
+    }
+
+    pub(super) fn take(&mut self) -> Option<Key> {
+        let key = self.line.pop_front()?;
+        self.known.remove(&key);
+        Some(key)
+    }
+}
+
+/// What tasks that merge records ask first. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(in crate::pump::replication) struct LateRecords {
+    promises: Rc<RefCell<Promises>>,
+    wanted: Rc<RefCell<Wanted>>,
+}
+
+impl LateRecords {
+    pub(super) fn new(
+        promises: &Rc<RefCell<Promises>>,
+        wanted: &Rc<RefCell<Wanted>>,
+    ) -> LateRecords {
+        LateRecords { promises: Rc::clone(promises), wanted: Rc::clone(wanted) }
+    }
+
+    /// Whether a record of a linearizable namespace may be merged; else its key will be mended.
+    /// Nothing may be awaited before the merge.
+    pub(in crate::pump::replication) fn may_merge<D: Disk, R: Runtime>(
+        &self,
+        shard: &Shard<D, R>,
+        partition_bits: u32,
+        record: &RecordRef<'_>,
+    ) -> bool {
+        let is_allowed = self.promises.borrow().may_merge(record.token, record.timestamp)
+            || !shard.is_founded(record.token.partition(partition_bits));
+        if !is_allowed {
+            self.wanted.borrow_mut().push(record);
+        }
+        is_allowed
+    }
+
+    /// The log has the record.
+    pub(in crate::pump::replication) fn merged(&self, record: &RecordRef<'_>) {
+        self.promises.borrow_mut().merged(record.token, record.timestamp);
+    }
+}

@@ -8,7 +8,8 @@
 //! [`repair`] checks that those who have seen the same writes hold the same records, and
 //! [`tracking`] knows who has seen which; [`coordinator`] carries reads and writes over the
 //! replicas of a key, and [`membership`] knows who is there. [`register`] is what all members must
-//! agree on, one value a register. [`room`] bounds what a node keeps for others.
+//! agree on, one value a register; [`moves`] is the greater part of that value: members that change
+//! and partitions that move. [`room`] bounds what a node keeps for others.
 
 #![forbid(unsafe_code)]
 
@@ -16,6 +17,7 @@ pub mod coordinator;
 pub mod member;
 pub mod membership;
 pub mod message;
+pub mod moves;
 pub mod register;
 pub mod repair;
 pub mod ring;

@@ -113,6 +113,9 @@ pub enum PeerMessage<'a> {
         hlc: Timestamp,
         /// No hint that the sender holds is of a write before it.
         hint_floor: Timestamp,
+        /// All that the sender took in before it confirmed this map is in its announcements; 0 in
+        /// all but the last message of a round.
+        epoch: u32,
         /// A line for each partition that changed.
         entries: Vec<TrackEntry<'a>>,
         /// Whether partitions without a line are not held by the sender at all.
@@ -283,6 +286,17 @@ pub enum PeerMessage<'a> {
         /// It can.
         is_left: bool,
     },
+    /// How far the sending shard is with the moves of a map (`moves/mod.rs`).
+    Moving {
+        /// The map that it works by.
+        generation: u32,
+        /// The map below which it refuses requests.
+        confirmed: u32,
+        /// It holds nothing that is not its node's own.
+        is_empty: bool,
+        /// Partitions that it is a new owner of, and ready for the next stage with.
+        ready: Vec<PartitionId>,
+    },
 }
 
 /// What became of a `Write`.
@@ -384,6 +398,7 @@ mod kind {
     pub(super) const ACCEPT: u8 = 34;
     pub(super) const ACCEPTED: u8 = 35;
     pub(super) const ROOM: u8 = 20;
+    pub(super) const MOVING: u8 = 36;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -415,6 +430,7 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Accept { .. } => "accept",
             PeerMessage::Accepted { .. } => "accepted",
             PeerMessage::Room { .. } => "room",
+            PeerMessage::Moving { .. } => "moving",
         }
     }
 
@@ -471,12 +487,13 @@ impl<'a> PeerMessage<'a> {
                 out.put_u16(*status);
                 out.put(body);
             }
-            PeerMessage::Track { base_version, version, hlc, hint_floor, entries, full } => {
+            PeerMessage::Track { base_version, version, hlc, hint_floor, epoch, entries, full } => {
                 out.put_u8(kind::TRACK);
                 out.put_u64(*base_version);
                 out.put_u64(*version);
                 out.put_u64(hlc.0);
                 out.put_u64(hint_floor.0);
+                out.put_u32(*epoch);
                 out.put_u32(size_u32(entries.len()));
                 for entry in entries {
                     out.put_u32(entry.partition.0);
@@ -602,6 +619,14 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Room { is_left } => {
                 out.put_u8(kind::ROOM);
                 out.put_u8(u8::from(*is_left));
+            }
+            PeerMessage::Moving { generation, confirmed, is_empty, ready } => {
+                out.put_u8(kind::MOVING);
+                out.put_u32(*generation);
+                out.put_u32(*confirmed);
+                out.put_u8(u8::from(*is_empty));
+                out.put_u32(size_u32(ready.len()));
+                ready.iter().for_each(|partition| out.put_u32(partition.0));
             }
         }
     }
@@ -750,6 +775,12 @@ impl<'a> PeerMessage<'a> {
                 register::decode(kind, &mut reader)?
             }
             kind::ROOM => PeerMessage::Room { is_left: flag(&mut reader)? },
+            kind::MOVING => PeerMessage::Moving {
+                generation: reader.u32()?,
+                confirmed: reader.u32()?,
+                is_empty: flag(&mut reader)?,
+                ready: list(&mut reader, 4, partition)?,
+            },
             _ => return Err(Malformed("unknown kind of message")),
         };
         reader.finish()?;
@@ -869,6 +900,7 @@ fn track<'a>(reader: &mut Reader<'a>) -> Result<PeerMessage<'a>, Malformed> {
         version: reader.u64()?,
         hlc: Timestamp(reader.u64()?),
         hint_floor: Timestamp(reader.u64()?),
+        epoch: reader.u32()?,
         entries: list(reader, 16, |reader| {
             Ok(TrackEntry {
                 partition: partition(reader)?,

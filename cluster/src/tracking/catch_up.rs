@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{Instant, PartitionId};
 
-use super::{Peer, PeerShard, Replica, Tracking, origin_of};
+use super::{Peer, PeerShard, Replica, Shared, Tracking, origin_of};
 use crate::member::NodeId;
 
 /// Peers have had these writes since then, and this replica lacked some of them.
@@ -29,6 +29,15 @@ pub(super) struct CatchUp {
     searched_at: Option<Instant>,
     /// Where the last search for work ended, so that none is passed over for ever.
     last: PartitionId,
+}
+
+impl CatchUp {
+    /// Holders have changed: who has become one may lack everything.
+    pub(super) fn look_again(&mut self, shared: &Shared) {
+        let new = shared.moves.here_from.keys().copied();
+        self.waiting.extend(new);
+        self.searched_at = None;
+    }
 }
 
 struct Failed {
@@ -151,8 +160,13 @@ impl Tracking {
             let failed = self.catch_up.failed.get(&(partition, node));
             failed.is_some_and(|failed| now < failed.until)
         };
+        let old_homes = self.shared.moves.here_from.get(&partition);
         let candidates = self.others(partition).filter_map(|(node, peer)| {
             let entry = peer.entries.get(&partition)?;
+            // What a stand-in keeps may have been deleted, and the tombstone be gone.
+            if old_homes.is_some_and(|homes| !homes.contains(&node)) {
+                return None;
+            }
             let lacked = seen.lacked(&entry.seen);
             if lacked == 0 || !is_up(node) || is_waiting(node) {
                 return None;
@@ -247,7 +261,9 @@ impl Tracking {
     /// not while it has a gap, nor as a guest that has dropped or lost some that others have.
     #[must_use]
     pub fn may_write_siblings(&self, partition: PartitionId, replica: &impl Replica) -> bool {
+        let has_all =
+            self.is_holder(partition) && !self.shared.moves.here_from.contains_key(&partition);
         !replica.has_gap(partition)
-            && (self.is_holder(partition) || self.is_own_among(partition, &replica.seen(partition)))
+            && (has_all || self.is_own_among(partition, &replica.seen(partition)))
     }
 }

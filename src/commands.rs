@@ -266,6 +266,9 @@ pub fn apply_named_to_namespaces(
     catalogue: &Catalogue,
     compression: Compression,
 ) -> Result<NsOutcome, (Status, String)> {
+    if crate::member_commands::is_one(command) {
+        return crate::member_commands::apply(command, arguments, catalogue);
+    }
     let command = Command::parse(command, arguments).map_err(|what| (Status::BAD_REQUEST, what))?;
     apply_to_namespaces(&command, catalogue, compression)
         .ok_or_else(|| (Status::FAILED, "not a namespace command".to_owned()))?

@@ -11,7 +11,7 @@
 use annulus_engine::model::PartitionId;
 
 use crate::member::{Member, NodeId, Weight};
-use crate::moves::{ClusterMap, Layout, Place, Stage};
+use crate::moves::{ClusterMap, Layout, MemberState, Place, Stage};
 use crate::ring::{Ring, RingError};
 
 /// A server, with all that others need in order to reach and to place it.
@@ -73,6 +73,10 @@ pub struct Topology {
     generation: u32,
     removed_at: u32,
     nodes: Vec<NodeInfo>,
+    /// Members that are replaced.
+    replaced: Vec<NodeId>,
+    /// Whether all partitions leave `own`, or have left it.
+    is_leaving: bool,
     /// Numbers of copies in use.
     factors: Vec<u8>,
     /// One a layout of the map.
@@ -108,6 +112,8 @@ impl Topology {
             generation,
             removed_at,
             nodes,
+            replaced: Vec::new(),
+            is_leaving: false,
             factors,
             layouts,
             places,
@@ -138,6 +144,13 @@ impl Topology {
             generation: map.generation,
             removed_at: map.removed_at,
             nodes: map.nodes(),
+            replaced: map
+                .members
+                .iter()
+                .filter(|member| member.state == MemberState::Dead)
+                .map(|member| member.info.id)
+                .collect(),
+            is_leaving: !map.layouts.last().is_some_and(|it| it.iter().any(|it| it.0 == own)),
             layouts,
             places: map.places.clone(),
             factors,
@@ -238,10 +251,10 @@ impl Topology {
         ring.map_or_else(Vec::new, |ring| ring.preference(partition))
     }
 
-    /// Whether `own` is a home of the partition for namespaces of this many copies.
+    /// Whether reads of the partition ask `own`, for namespaces of this many copies.
     #[must_use]
     pub fn is_home(&self, partition: PartitionId, factor: u8) -> bool {
-        self.is_home_of(partition, factor, self.own)
+        self.replicas(partition, factor).contains(&self.own)
     }
 
     /// Whether a node is a home of the partition for namespaces of this many copies: one that is
@@ -292,16 +305,32 @@ impl Topology {
         holders
     }
 
-    /// The old homes, if `own` is a new owner of the partition that is on its way.
+    /// Whether all partitions leave `own`, or have left it: it keeps nothing more for others.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.is_leaving
+    }
+
+    /// Whether `own` is a new owner of the partition that has to have nothing of it before it begins.
+    #[must_use]
+    pub fn is_preparing(&self, partition: PartitionId) -> bool {
+        !self.places.is_empty()
+            && self.stage(partition) == Stage::Prepared
+            && self.moves_here_from(partition).is_some()
+    }
+
+    /// The old homes that are not replaced, if `own` is a new owner of the partition that is on its
+    /// way.
     #[must_use]
     pub fn moves_here_from(&self, partition: PartitionId) -> Option<Vec<NodeId>> {
         let place = self.place(partition);
         if place.stage == Stage::Settled {
             return None;
         }
-        let old = self.homes_on(partition, place.at);
+        let mut old = self.homes_on(partition, place.at);
         let is_new = !old.contains(&self.own)
             && self.homes_on(partition, place.to).contains(&self.own);
+        old.retain(|node| !self.replaced.contains(node));
         is_new.then_some(old)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: what decodes keeps all rules of `moves/mod.rs`, and encodes to the same bytes.
 //!
-//! Generation 4, next id 4, removed-at 4, partition bits 1; count of members 2, each: id 4, state 1,
+//! Generation 4, next id 4, removed-at 4, founding 8, partition bits 1; count of members 2, each: id 4, state 1,
 //! weight 4, address, data centre and rack as short bytes; count of layouts 1, each: count 2, then
 //! id 4 and weight 4; holders and former: count 1, ids 4; whether there are places 1, then one byte
 //! a partition: layout 3 bits, layout on the way to 3 bits, stage 2 bits.
@@ -41,6 +41,7 @@ impl ClusterMap {
         out.put_u32(self.generation);
         out.put_u32(self.next_id);
         out.put_u32(self.removed_at);
+        out.put_u64(self.founding);
         out.put_u8(u8::try_from(self.partition_bits).expect("at most 16"));
         out.put_u16(count(self.members.len()));
         for MapMember { info, state } in &self.members {
@@ -72,6 +73,7 @@ impl ClusterMap {
     /// [`Malformed`] names the first rule broken.
     pub fn decode(reader: &mut Reader<'_>) -> Result<ClusterMap, Malformed> {
         let (generation, next_id, removed_at) = (reader.u32()?, reader.u32()?, reader.u32()?);
+        let founding = reader.u64()?;
         let partition_bits = u32::from(reader.u8()?);
         if partition_bits > PARTITION_BITS_MAX || generation == 0 || removed_at > generation {
             return Err(Malformed("no map has this generation or these partitions"));
@@ -103,6 +105,7 @@ impl ClusterMap {
             generation,
             next_id,
             removed_at,
+            founding,
             partition_bits,
             members,
             layouts,

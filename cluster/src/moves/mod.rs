@@ -180,6 +180,8 @@ pub struct ClusterMap {
     pub next_id: u32,
     /// The generation in which a member was last removed; 0: never.
     pub removed_at: u32,
+    /// Of the list of members that the cluster was founded with: the same for all members ever.
+    pub founding: u64,
     /// Logarithm of the number of partitions.
     pub partition_bits: u32,
     /// Sorted by id.
@@ -197,7 +199,12 @@ pub struct ClusterMap {
 impl ClusterMap {
     /// The map of a new cluster of these members.
     #[must_use]
-    pub fn found(cluster: u128, partition_bits: u32, mut members: Vec<NodeInfo>) -> ClusterMap {
+    pub fn found(
+        cluster: u128,
+        founding: u64,
+        partition_bits: u32,
+        mut members: Vec<NodeInfo>,
+    ) -> ClusterMap {
         members.sort_by_key(|member| member.id);
         let next_id = members.last().map_or(1, |last| last.id.0 + 1);
         let holders = holders(cluster, &members);
@@ -207,6 +214,7 @@ impl ClusterMap {
             generation: 1,
             next_id,
             removed_at: 0,
+            founding,
             partition_bits,
             members: members.into_iter().map(member).collect(),
             layouts: vec![layout],

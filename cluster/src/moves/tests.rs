@@ -21,7 +21,7 @@ fn info(id: u32) -> NodeInfo {
 }
 
 fn founded(count: u32) -> ClusterMap {
-    ClusterMap::found(CLUSTER, BITS, (1..=count).map(info).collect())
+    ClusterMap::found(CLUSTER, 5, BITS, (1..=count).map(info).collect())
 }
 
 fn topology(map: &ClusterMap, own: u32) -> Topology {

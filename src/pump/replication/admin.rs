@@ -30,6 +30,7 @@ use futures_channel::oneshot;
 use crate::commands::{
     Command, Copies, MemberFacts, MemberStatus, Replica, RingQuery, RingReply, StatusReply,
 };
+use crate::member_commands::is_for_clients;
 use crate::namespaces::DEFAULT_NAME;
 use crate::pump::{Answer, Done, Origin, Pump, ShardMap, Wires};
 
@@ -62,7 +63,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return Err(origin);
         }
         match command {
-            _ if changes_namespaces(command) => {
+            _ if changes_namespaces(command) || is_for_clients(command) => {
                 self.change_namespaces(origin, deadline, command, arguments);
                 Ok(())
             }

@@ -9,6 +9,7 @@
 //!                     repair.rs       replicas that should be equal are compared
 //!                     refill.rs       what a damaged disk held comes from others
 //!                     gossip.rs       who is there
+//!                     moves.rs        partitions that move to other members
 //! operator's command  -> admin.rs, registers.rs   what all members agree on
 //! ```
 //!
@@ -20,6 +21,7 @@ mod coordinate;
 mod exchange;
 mod forward;
 mod gossip;
+mod moves;
 mod refill;
 mod registers;
 mod repair;
@@ -46,6 +48,8 @@ use coordinate::Operation;
 pub(super) use coordinate::OwnWrite;
 use forward::Forwarded;
 use gossip::Gossip;
+use moves::Moves;
+pub use moves::Report as MovesReport;
 pub(super) use refill::FilledPage;
 use refill::Refill;
 pub(super) use registers::Changed;
@@ -105,6 +109,7 @@ pub(super) struct Replication {
     refill: Refill,
     gossip: Gossip,
     registers: Registers,
+    moves: Moves,
     /// For copies of partitions that are not this node's.
     room: Room,
     letters: Vec<Letter>,
@@ -137,14 +142,14 @@ impl Replication {
             coordinator.health_mut().set_linked(node.id, false);
         }
         let gossip = Gossip::new(&options.topology, options.life, map.own(), now);
+        let moves = Moves::new(options.topology.generation(), now);
+        let mut tracking =
+            Tracking::new(own, life_of_tracking(options.life, 0), tracking::Options::default(), shared);
+        tracking.set_epoch(moves.confirmed);
         Replication {
             coordinator,
-            tracking: Tracking::new(
-                own,
-                life_of_tracking(options.life, 0),
-                tracking::Options::default(),
-                shared,
-            ),
+            tracking,
+            moves,
             life: (options.life, 0),
             topology: options.topology,
             factors: BTreeSet::new(),
@@ -198,8 +203,6 @@ fn life_of_tracking(start: u64, revivals: u64) -> u64 {
     start * LIVES_OF_A_START + revivals.min(LIVES_OF_A_START - 1)
 }
 
-/// Every node has the same topology until members can change.
-const EPOCH: u32 = 1;
 /// How often requests that were handed on are looked at, in nanoseconds.
 const SWEEP_NANOS: u64 = 5_000_000;
 
@@ -256,6 +259,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         } else {
             let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
             replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
+            replication.tracking.set_epoch(replication.moves.confirmed);
         }
         self.count_room();
     }
@@ -265,6 +269,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let mut worked = self.act(wires);
         worked |= self.registers_turn();
         self.exchange_turn();
+        self.moves_turn();
         self.repair_turn();
         self.gossip_turn();
         let now = self.now;

@@ -41,7 +41,29 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         };
         self.metrics.borrow_mut().counters.peer_messages += 1;
+        let is_member = |pump: &Self| pump.topology().is_some_and(|it| it.node(from.node).is_some());
+        if !is_member(self) {
+            // It learns the map that it is not in from the settings, or this node the one with it.
+            return match message {
+                PeerMessage::Settings { .. } => self.exchange(from, &message, bytes),
+                _ => self.correct(from),
+            };
+        }
         match message {
+            PeerMessage::Write { id, epoch, record, .. }
+                if self.is_fenced(epoch, record.token) =>
+            {
+                if id != 0 {
+                    let result = WriteResult::Refused(Status::UNAVAILABLE.0, Reason::Epoch);
+                    self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
+                }
+                self.correct(from);
+            }
+            PeerMessage::Read { id, epoch, token, .. } if self.is_fenced(epoch, token) => {
+                let result = ReadResult::Refused(Status::UNAVAILABLE.0);
+                self.post(from, Lane::Foreground, &PeerMessage::ReadDone { id, result });
+                self.correct(from);
+            }
             PeerMessage::Write { id, deadline_us, record, .. } => {
                 self.replica_write(from, id, self.deadline_in(deadline_us), &record);
             }
@@ -67,8 +89,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 self.holder_answered(from.node, answer);
             }
             PeerMessage::Room { is_left } => self.take_room(from, is_left),
+            PeerMessage::Moving { .. } => self.hear_moving(from, &message),
             background => self.exchange(from, &background, bytes),
         }
+    }
+
+    /// Whether a request comes of a map that is too old.
+    #[inline]
+    fn is_fenced(&self, epoch: u32, token: Token) -> bool {
+        let Some(replication) = &self.replication else { return false };
+        replication.is_fenced(epoch, token.partition(self.map.partition_bits()))
     }
 
     fn deadline_in(&self, micros: u32) -> Instant {

@@ -296,9 +296,17 @@ impl Topology {
         let place = self.place(partition);
         let mut holders = self.homes_on(partition, place.at);
         if place.stage != Stage::Settled {
-            let is_own = |node: &NodeId| place.stage == Stage::Prepared && *node == self.own;
             let new = self.homes_on(partition, place.to);
-            holders.extend(new.into_iter().filter(|node| !is_own(node)));
+            let is_preparing = place.stage == Stage::Prepared
+                && !holders.contains(&self.own)
+                && new.contains(&self.own);
+            if is_preparing {
+                // To those who have to have what it keeps: neither other new owners, which begin
+                // with nothing, nor who is replaced.
+                holders.retain(|node| !self.replaced.contains(node));
+                return holders;
+            }
+            holders.extend(new);
             holders.sort_unstable();
             holders.dedup();
         }

@@ -111,6 +111,8 @@ pub struct Shared {
 /// What tracking needs to know of members that change (`moves/mod.rs`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Moves {
+    /// Of the map; 0 where members never change.
+    pub generation: u32,
     /// Whether the members are not those that the cluster was made of. Then a holder may have been
     /// another's before, whose writes `as_of` must wait for as well.
     pub have_changed: bool,
@@ -134,10 +136,12 @@ impl Shared {
             members: topology.nodes().iter().map(|node| (node.id, shard_count)).collect(),
             first: partitions.peek().copied().unwrap_or_default(),
             moves: Moves {
+                generation: topology.generation(),
                 have_changed: topology.generation() > 1,
                 removed_at: topology.removed_at(),
                 here_from: partitions
                     .clone()
+                    .filter(|it| topology.holders(*it).contains(&topology.own()))
                     .filter_map(|it| Some((it, topology.moves_here_from(it)?)))
                     .collect(),
             },
@@ -195,6 +199,9 @@ impl Default for Options {
 /// A partition of this shard, held, hosted, or empty.
 struct Local {
     holders: Vec<NodeId>,
+    /// The map by which this node became one of them: who works by an older one has not told it all
+    /// that it tells a holder, whatever it promises.
+    held_since: u32,
     /// Every write of anybody stamped at or below this is here.
     complete: Timestamp,
     /// What others may know: it is durable.
@@ -317,6 +324,7 @@ impl Tracking {
             self.locals.clear();
             self.locals.resize_with(shared.holders.len(), || Local {
                 holders: Vec::new(),
+                held_since: 0,
                 complete: Timestamp::ZERO,
                 announced: Announced { version: 0, seen: Rc::default(), complete: Timestamp::ZERO },
                 behind: None,
@@ -332,6 +340,7 @@ impl Tracking {
             if local.holders.contains(&self.own) != holders.contains(&self.own) {
                 // What a guest knew goes with what it had.
                 local.complete = Timestamp::ZERO;
+                local.held_since = shared.moves.generation;
             }
             local.holders.clone_from(holders);
             local.behind = None;

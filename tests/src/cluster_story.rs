@@ -236,7 +236,7 @@ impl ClusterStory {
             }
             cluster.drive(1_000 * MS);
         }
-        let what = format!("partitions still move: {:?}", cluster.map());
+        let what = format!("partitions still move:\n{}", cluster.describe_moves());
         Err(self.report(cluster, &what, &cluster.violations()))
     }
 

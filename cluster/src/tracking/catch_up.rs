@@ -107,6 +107,11 @@ impl Tracking {
             if self.catch_up.under_way.len() >= self.options.syncs_max {
                 break;
             }
+            if !self.is_holder(partition) {
+                // It was one, before the partition moved.
+                self.catch_up.waiting.remove(&partition);
+                continue;
+            }
             if !self.is_due(now, partition, replica)
                 || self.catch_up.under_way.contains_key(&partition)
             {
@@ -161,8 +166,13 @@ impl Tracking {
             failed.is_some_and(|failed| now < failed.until)
         };
         let old_homes = self.shared.moves.here_from.get(&partition);
+        let held_since = self.local(partition).map_or(0, |local| local.held_since);
         let candidates = self.others(partition).filter_map(|(node, peer)| {
             let entry = peer.entries.get(&partition)?;
+            // Who does not know this node as a home gives it none of what homes have.
+            if peer.epoch < held_since {
+                return None;
+            }
             // What a stand-in keeps may have been deleted, and the tombstone be gone.
             if old_homes.is_some_and(|homes| !homes.contains(&node)) {
                 return None;

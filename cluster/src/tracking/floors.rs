@@ -52,8 +52,14 @@ impl Tracking {
         seen: &SeenSet,
         promise: Timestamp,
     ) -> Timestamp {
-        let bounds =
-            self.others(partition).map(|(node, peer)| self.bound(partition, seen, node, peer));
+        let since = match self.local(partition) {
+            Some(local) if local.holders.contains(&self.own) => local.held_since,
+            _ => 0,
+        };
+        let bounds = self.others(partition).map(|(node, peer)| match peer.epoch < since {
+            true => Timestamp::ZERO,
+            false => self.bound(partition, seen, node, peer),
+        });
         bounds.fold(promise, Timestamp::min).min(self.bound_of_removed(partition, seen))
     }
 

@@ -12,6 +12,7 @@
 //! be true of it until it takes over another. While nothing moves none of this does anything.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use annulus_cluster::NodeId;
 use annulus_cluster::membership::Status as Belief;
@@ -61,6 +62,10 @@ pub(super) struct Moves {
     pub(super) confirmed: u32,
     /// When the present one was taken over, and which tasks had begun by then.
     taken_over: Option<(Instant, u64)>,
+    /// Held by whatever merges something in the background since the present map was taken over.
+    token: Rc<()>,
+    /// The same of maps before, while there are any such.
+    older: Vec<Rc<()>>,
     /// Partitions that come here, and the map by which each is known to be written to here.
     coming: BTreeMap<PartitionId, u32>,
     /// On the speaker: what all shards have said.
@@ -76,6 +81,8 @@ impl Moves {
             // Nothing is under way yet that an older map has begun.
             confirmed: generation,
             taken_over: None,
+            token: Rc::default(),
+            older: Vec::new(),
             coming: BTreeMap::new(),
             said: BTreeMap::new(),
             next_report: now,
@@ -86,6 +93,12 @@ impl Moves {
 }
 
 impl Replication {
+    /// To be held by whatever goes on merging after this turn: the map that it began by is not left
+    /// behind before it has ended.
+    pub(super) fn merge_token(&self) -> Rc<()> {
+        Rc::clone(&self.moves.token)
+    }
+
     /// Whether a request of this map is too old to be carried out for the partition.
     pub(super) fn is_fenced(&self, epoch: u32, partition: PartitionId) -> bool {
         let moves = &self.moves;
@@ -127,9 +140,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let mark = self.waiting.next_id();
         let now = self.now;
         let Some(replication) = &mut self.replication else { return };
-        replication.moves.taken_over = Some((now, mark));
+        let moves = &mut replication.moves;
+        moves.taken_over = Some((now, mark));
+        moves.older.push(std::mem::take(&mut moves.token));
+        let given_up: Vec<u64> = replication
+            .sessions
+            .iter()
+            .filter(|session| !replication.topology.holders(session.partition).contains(&replication.topology.own()))
+            .map(|session| session.id)
+            .collect();
         replication.moves.next_report = now;
         replication.note_coming(before);
+        given_up.into_iter().for_each(|id| self.end_sync(id, false));
     }
 
     /// Does what is due.
@@ -177,7 +199,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let first = self.waiting.first_id();
         let Some(replication) = &mut self.replication else { return };
         let Some((at, mark)) = replication.moves.taken_over else { return };
-        if now < at.after_nanos(GRACE_NANOS) || first.is_some_and(|first| first < mark) {
+        let moves = &mut replication.moves;
+        moves.older.retain(|token| Rc::strong_count(token) > 1);
+        let is_busy = !moves.older.is_empty() || first.is_some_and(|first| first < mark);
+        if now < at.after_nanos(GRACE_NANOS) || is_busy {
             return;
         }
         let generation = replication.topology.generation();
@@ -310,6 +335,44 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let (tell, _) = oneshot::channel();
         let deadline = now.after_nanos(STEP_DEADLINE_NANOS);
         self.change_namespaces(Origin::Task(tell), deadline, STEP, &arguments);
+    }
+
+    /// Where this shard stands, for people.
+    #[must_use]
+    pub fn describe_moves(&self) -> String {
+        let Some(map) = self.catalogue.map() else { return String::new() };
+        let Some(replication) = &self.replication else { return String::new() };
+        let Replication { topology, tracking, moves, sessions, .. } = &**replication;
+        let view = View { shard: &self.shard, wall: self.wall };
+        let mut text = format!(
+            "map {} confirmed {} older {} planner {:?} ready {:?} said {:?}",
+            topology.generation(),
+            moves.confirmed,
+            moves.older.len(),
+            replication.planner(),
+            self.report(map).ready,
+            self.standings().iter().map(|(n, s)| (n.0, s.confirmed)).collect::<Vec<_>>(),
+        );
+        for partition in self.own_partitions() {
+            if topology.stage(partition) != Stage::Settled
+                && let Some(old) = topology.moves_here_from(partition)
+            {
+                text.push_str(&format!(
+                    "; p{} {:?} from {old:?} holder {} empty {} busy {} all {} gap {} lag {:?} sync {} damaged {}",
+                    partition.0,
+                    topology.stage(partition),
+                    tracking.is_holder(partition),
+                    self.shard.seen(partition).is_empty(),
+                    self.shard.is_busy(partition),
+                    tracking.has_all_of(partition, &old, moves.confirmed, &view),
+                    self.shard.has_gap(partition),
+                    tracking.lagging(partition, &view),
+                    sessions.iter().filter(|it| it.partition == partition).count(),
+                    is_damaged(&self.shard, partition.range(topology.partition_bits())),
+                ));
+            }
+        }
+        text
     }
 
     /// A node works by an old map: it is told of the present one, not too often.

@@ -266,8 +266,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(Origin::Replica { from, id }) = origin else {
             // Read repair: whether it succeeds, the next announcement tells.
             let (shard, record) = (self.shard.clone(), record.to_owned());
+            let token = self.replication.as_ref().map(|replication| replication.merge_token());
             self.spawn(async move {
                 let merged = shard.merge_in_state(&record.as_ref()).await;
+                drop(token);
                 Done::Merged { origin: None, merged: merged.map(drop) }
             });
             return;
@@ -277,12 +279,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
         }
         let (shard, record) = (self.shard.clone(), record.to_owned());
+        let token = self.replication.as_ref().map(|replication| replication.merge_token());
         self.spawn(async move {
             let merged = match shard.merge_in_state(&record.as_ref()).await {
                 Ok(MergedIn::Applied(lsn)) => shard.wait_visible(lsn).await,
                 Ok(MergedIn::Duplicate) => Ok(()),
                 Err(error) => Err(error),
             };
+            drop(token);
             Done::Merged { origin: Some((from, id)), merged }
         });
     }

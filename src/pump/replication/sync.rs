@@ -142,6 +142,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             (needy.lacks(own), own.base())
         });
         let wanted: Vec<NamespaceId> = self.namespaces_of(partition, from.node);
+        if wanted.is_empty() {
+            // By an older map, or a newer one: a page of nothing would say that there is nothing.
+            return self.correct(from);
+        }
         let bytes_max = bytes_max.clamp(*PAGE_BYTES_RANGE.start(), *PAGE_BYTES_RANGE.end());
         let after = after.map(|(namespace, key)| (namespace, key.to_vec()));
         let range = TokenRange { first, last: range.last };
@@ -233,12 +237,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         session.merging = true;
         session.deadline = now.after_nanos(PAGE_TIMEOUT_NANOS);
+        let token = replication.merge_token();
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));
         let modes: Vec<(NamespaceId, Mode)> =
             self.catalogue.iter().map(|namespace| (namespace.id, namespace.mode)).collect();
         let (shard, runtime, raw) = (self.shard.clone(), self.runtime.clone(), raw.to_vec());
         self.spawn(async move {
             let merged = merge_page(&shard, &runtime, &raw, &modes).await;
+            drop(token);
             let merged = merged.map(|(last, merged)| MergedPage { last, merged, next });
             Done::SyncMerged { id, merged }
         });
@@ -285,7 +291,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    fn end_sync(&mut self, id: u64, succeeded: bool) {
+    pub(super) fn end_sync(&mut self, id: u64, succeeded: bool) {
         let now = self.now;
         let Some(replication) = &mut self.replication else { return };
         let Some(at) = replication.sessions.iter().position(|session| session.id == id) else {

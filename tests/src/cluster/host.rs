@@ -170,6 +170,14 @@ impl Host {
         }
     }
 
+    /// Where it stands with the moves of partitions.
+    pub(super) fn describe_moves(&self) -> String {
+        match &self.stage {
+            Stage::Up(pump) => pump.describe_moves(),
+            _ => "not up".to_owned(),
+        }
+    }
+
     pub(super) fn start_repair(&mut self, scrub: bool) {
         if let Stage::Up(pump) = &mut self.stage {
             pump.tick(self.runtime.now());

@@ -274,6 +274,13 @@ impl SimCluster {
         }
     }
 
+    /// Where each shard stands with the moves of partitions, for people.
+    #[must_use]
+    pub fn describe_moves(&self) -> String {
+        let hosts = self.nodes.iter().flat_map(|node| &node.hosts);
+        hosts.map(|host| format!("{:?}: {}\n", host.place, host.describe_moves())).collect()
+    }
+
     /// Has a change of members made, by whoever does that: one after the other, until each is
     /// answered.
     pub fn change_members(&mut self, command: &'static str, arguments: String) {
@@ -326,6 +333,7 @@ impl SimCluster {
         let Some(newest) = newest.map(Rc::new) else { return };
         let Some(map) = newest.map() else { return };
         let at = self.now().0;
+        self.note(format!("map {}", summary(map)));
         for node in 0..self.node_count() {
             let first = &mut self.common.catalogues[node as usize];
             if first.is_none() && map.member(host::node_id(node)).is_some() {
@@ -861,6 +869,19 @@ impl SimCluster {
 
 fn disk_options(seed: u64, latency_nanos_max: u64) -> SimDiskOptions {
     SimDiskOptions { latency_nanos_max, ..SimDiskOptions::seeded(seed) }
+}
+
+/// A map in a line: its generation, the layouts, and where the partitions are.
+fn summary(map: &ClusterMap) -> String {
+    let nodes: Vec<Vec<u32>> =
+        map.layouts.iter().map(|it| it.iter().map(|it| it.0.0 - 1).collect()).collect();
+    let places: Vec<String> = map
+        .places
+        .iter()
+        .map(|place| format!("{}{:?}{}", place.at, place.stage, place.to))
+        .collect();
+    let holders = (&map.holders, &map.former);
+    format!("{}: layouts {nodes:?}, ids of holders {holders:?}, {}", map.generation, places.join(" "))
 }
 
 fn which(node: u32) -> String {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::config::Compression;
+use crate::member_commands::{LEAVE, REPLACE, Which};
 use crate::metrics::NodeSnapshot;
 use crate::namespaces::{Catalogue, Refusal, Settings};
 
@@ -39,6 +40,10 @@ pub enum Command {
     Repair(RepairQuery),
     /// `repair.status`: how far the replicas agree.
     RepairStatus,
+    /// `members.leave`: a member's partitions go to the others, and its process ends.
+    MembersLeave(Which),
+    /// `members.replace`: a member that will not come back is given up.
+    MembersReplace(Which),
     /// `snapshot.create`: hard links of all shards' files, under a name.
     SnapshotCreate(Named),
     /// `snapshot.list`: all snapshots.
@@ -107,6 +112,8 @@ impl Command {
             "ring" => Command::Ring(read(arguments)?),
             "repair" => Command::Repair(read(arguments)?),
             "repair.status" => Command::RepairStatus,
+            LEAVE => Command::MembersLeave(read(arguments)?),
+            REPLACE => Command::MembersReplace(read(arguments)?),
             "snapshot.create" => Command::SnapshotCreate(snapshot_name(arguments)?),
             "snapshot.list" => Command::SnapshotList,
             "snapshot.delete" => Command::SnapshotDelete(snapshot_name(arguments)?),
@@ -126,6 +133,8 @@ impl Command {
             Command::Ring(_) => "ring",
             Command::Repair(_) => "repair",
             Command::RepairStatus => "repair.status",
+            Command::MembersLeave(_) => LEAVE,
+            Command::MembersReplace(_) => REPLACE,
             Command::SnapshotCreate(_) => "snapshot.create",
             Command::SnapshotList => "snapshot.list",
             Command::SnapshotDelete(_) => "snapshot.delete",
@@ -145,6 +154,7 @@ impl Command {
             | Command::SnapshotDelete(named) => json!(named),
             Command::Ring(query) => json!(query),
             Command::Repair(query) => json!(query),
+            Command::MembersLeave(which) | Command::MembersReplace(which) => json!(which),
         };
         value.to_string()
     }
@@ -266,6 +276,9 @@ pub fn apply_named_to_namespaces(
     catalogue: &Catalogue,
     compression: Compression,
 ) -> Result<NsOutcome, (Status, String)> {
+    if crate::member_commands::is_one(command) {
+        return crate::member_commands::apply(command, arguments, catalogue);
+    }
     let command = Command::parse(command, arguments).map_err(|what| (Status::BAD_REQUEST, what))?;
     apply_to_namespaces(&command, catalogue, compression)
         .ok_or_else(|| (Status::FAILED, "not a namespace command".to_owned()))?
@@ -283,7 +296,7 @@ pub struct NodeRow {
     pub dc: String,
     /// Its rack.
     pub rack: String,
-    /// `up`, `draining`; `unreachable`: not from the node that was asked, but from another;
+    /// `up`, `draining`; `joining`, `leaving`, `replaced` while members change; `unreachable`: not from the node that was asked, but from another;
     /// `down`: from none of those that answered.
     pub state: String,
     /// Its share of the data.
@@ -322,6 +335,9 @@ pub struct StatusReply {
     pub cluster: String,
     /// One row a node.
     pub nodes: Vec<NodeRow>,
+    /// Partitions that are not yet where they belong since members have changed.
+    #[serde(default)]
+    pub partitions_left: usize,
 }
 
 /// What a node knows of itself that its metrics do not say.
@@ -380,7 +396,7 @@ impl StatusReply {
             incarnation: None,
             heartbeat: None,
         };
-        StatusReply { cluster: node.cluster.clone(), nodes: vec![row] }
+        StatusReply { cluster: node.cluster.clone(), nodes: vec![row], partitions_left: 0 }
     }
 }
 
@@ -401,6 +417,8 @@ pub struct MemberFacts {
     pub weight: u32,
     /// Partitions of which it has a copy.
     pub partitions: u32,
+    /// What it is to the cluster, if it is more than a member: `joining`, `leaving`, `replaced`.
+    pub changing: Option<&'static str>,
     /// What gossip says of it.
     pub gossip: Option<MemberView>,
 }
@@ -427,7 +445,11 @@ impl StatusReply {
             ..row
         };
         let row = |member: &MemberFacts| match known.iter().find(|row| row.id == member.id) {
-            Some(row) => NodeRow { partitions: member.partitions, ..row.clone() },
+            Some(row) => NodeRow {
+                partitions: member.partitions,
+                state: member.changing.map_or_else(|| row.state.clone(), str::to_owned),
+                ..row.clone()
+            },
             None => {
                 let is_reached = told.iter().any(|status| status.reaches.contains(&member.id));
                 NodeRow {

@@ -25,7 +25,6 @@ pub use flags::{
 };
 
 use crate::cluster_key::ClusterKey;
-use crate::members::Members;
 use crate::units::{Part, Size, Span};
 use flags::check_address;
 
@@ -246,18 +245,18 @@ impl Config {
         existing.or(self.shards).unwrap_or_else(by_cores)
     }
 
-    /// The key of the cluster that these members form.
+    /// The key of the cluster that was founded by the list of members with this digest.
     ///
     /// # Errors
     /// The file cannot be used, or is missing where the members' list is known to strangers.
-    pub fn cluster_key(&self, members: &Members) -> Result<ClusterKey, String> {
+    pub fn cluster_key(&self, founding: u64) -> Result<ClusterKey, String> {
         match &self.cluster_key_file {
             Some(path) => ClusterKey::read(path),
             None if self.insecure_public => {
                 Err("cluster-key-file: needed where others than this machine reach the peers' port"
                     .to_owned())
             }
-            None => Ok(ClusterKey::of_members(members.digest())),
+            None => Ok(ClusterKey::of_members(founding)),
         }
     }
 

@@ -8,6 +8,7 @@ pub mod cluster_key;
 pub mod commands;
 pub mod config;
 pub mod inspect;
+pub mod member_commands;
 pub mod members;
 pub mod metrics;
 pub mod namespaces;

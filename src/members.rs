@@ -1,24 +1,19 @@
-//! The members of a cluster whose list is fixed: given with `--join`, kept in the file `MEMBERS`.
+//! The members that a cluster is founded with, given with `--join`. Who joins later gives addresses of
+//! any members, and is in no such list; from the founding on the members are in the map
+//! (`annulus_cluster::moves`).
 //!
-//! Every member is given the same list, in any order, itself included. Invariant: ids follow from
+//! Every founding member is given the same list, in any order, itself included. Invariant: ids follow from
 //! the list alone (the place of an address in its order, from 1), so all members agree on them
 //! without a word; the digest of the list is part of every handshake, so two lists never mix.
 //!
 //! An entry is `HOST:PORT`, the address of the member's peer port, and may go on with its place
 //! and its share: `HOST:PORT@DC/RACK/WEIGHT`, of which the end may be left out.
 
-use std::fs;
-use std::io::{self, Write as _};
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
 
 use annulus_cluster::{NodeId, NodeInfo, Weight};
 use annulus_engine::checksum;
 
-/// The file, in the data directory: one entry a line.
-pub const FILE_NAME: &str = "MEMBERS";
-/// Where it is written before it gets its name.
-pub const FILE_NAME_NEW: &str = "MEMBERS.new";
 /// Most members of a fixed list.
 pub const MEMBERS_MAX: usize = 64;
 /// What `--weight 100` is on the ring.
@@ -69,6 +64,13 @@ impl Members {
         Ok(Members { nodes, own })
     }
 
+    /// Whether the list has this node in it: then a cluster is founded by it. Else the node joins one.
+    #[must_use]
+    pub fn names(entries: &[String], own: SocketAddr, advertise: Option<&str>) -> bool {
+        Members::resolve(entries, own, advertise).is_ok()
+            || entries.iter().any(|entry| parse(entry).is_err())
+    }
+
     /// All members, by id.
     #[must_use]
     pub fn nodes(&self) -> &[NodeInfo] {
@@ -100,51 +102,6 @@ impl Members {
             format!("{}@{}/{}/{}\n", node.peer, node.dc, node.rack, percent(node.weight))
         };
         self.nodes.iter().map(line).collect()
-    }
-
-    /// The entries of the list that the directory was made with; `None` if it has none.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub fn load(dir: &Path) -> Result<Option<Vec<String>>, String> {
-        let path = dir.join(FILE_NAME);
-        match fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text.lines().map(str::to_owned).collect())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(fail(&path, &error)),
-        }
-    }
-
-    /// Keeps the list. Durable when it returns.
-    ///
-    /// # Errors
-    /// What the file system said. State: the list of before, or this one.
-    pub fn save(&self, dir: &Path) -> Result<(), String> {
-        let (path, new) = (dir.join(FILE_NAME), dir.join(FILE_NAME_NEW));
-        let write = || -> io::Result<()> {
-            let mut file = fs::File::create(&new)?;
-            file.write_all(self.to_text().as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&new, &path)?;
-            fs::File::open(dir)?.sync_all()
-        };
-        write().map_err(|error| fail(&path, &error))
-    }
-
-    /// Refuses a list that is not the one that the directory was made with.
-    ///
-    /// # Errors
-    /// Which list it was.
-    pub fn check_unchanged(&self, kept: &[String], dir: &Path) -> Result<(), String> {
-        let now = self.to_text();
-        if now.lines().eq(kept.iter().map(String::as_str)) {
-            return Ok(());
-        }
-        Err(format!(
-            "{} was made for the members {}; the list cannot be changed",
-            dir.display(),
-            kept.join(",")
-        ))
     }
 }
 
@@ -188,10 +145,6 @@ fn parse(entry: &str) -> Result<NodeInfo, String> {
     Ok(NodeInfo { id: NodeId(0), peer: peer.to_owned(), client: String::new(), dc, rack, weight })
 }
 
-fn fail(path: &Path, error: &io::Error) -> String {
-    format!("{}: {error}", path.display())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,19 +179,5 @@ mod tests {
         for entry in ["localhost", ":7402", "h:99999", "h:1@dc/r/0", "h:1@dc/r/100/x"] {
             assert!(refused(&[entry]).contains("HOST:PORT"), "{entry}");
         }
-    }
-
-    #[test]
-    fn a_kept_list_comes_back_and_another_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Members::load(dir.path()).unwrap(), None);
-        let entries = list(&["127.0.0.1:7402@dc1/a/50", "127.0.0.1:7412"]);
-        let members = Members::resolve(&entries, own(), None).unwrap();
-        members.save(dir.path()).unwrap();
-        let kept = Members::load(dir.path()).unwrap().unwrap();
-        assert_eq!(Members::resolve(&kept, own(), None).unwrap(), members);
-        members.check_unchanged(&kept, dir.path()).unwrap();
-        let other = Members::resolve(&list(&["127.0.0.1:7402"]), own(), None).unwrap();
-        assert!(other.check_unchanged(&kept, dir.path()).is_err());
     }
 }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use annulus_cluster::moves::ClusterMap;
 use annulus_engine::model::NamespaceId;
 use annulus_engine::model::limits::TTL_MS_MAX;
 use serde::{Deserialize, Serialize};
@@ -222,6 +223,9 @@ pub struct Catalogue {
     next_id: u32,
     /// Sorted by id.
     namespaces: Vec<Namespace>,
+    /// Members and placement; none of a node of its own. It is kept with the namespaces because
+    /// both are one value of one register: so the register's holders change with its value.
+    map: Option<ClusterMap>,
 }
 
 impl Catalogue {
@@ -229,13 +233,37 @@ impl Catalogue {
     #[must_use]
     pub fn new(compression: Compression) -> Catalogue {
         let default = Namespace { compression, ..fresh(NamespaceId(0), DEFAULT_NAME) };
-        Catalogue { generation: 1, next_id: 1, namespaces: vec![default] }
+        Catalogue { generation: 1, next_id: 1, namespaces: vec![default], map: None }
     }
 
     /// How many changes made this catalogue; a greater one is newer.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// The members of the cluster and where its partitions are; none of a node of its own.
+    #[must_use]
+    pub fn map(&self) -> Option<&ClusterMap> {
+        self.map.as_ref()
+    }
+
+    /// The same catalogue in a cluster that begins with this map.
+    #[must_use]
+    pub fn founded(self, map: ClusterMap) -> Catalogue {
+        Catalogue { map: Some(map), ..self }
+    }
+
+    /// Replaces the map by one that follows it.
+    pub fn set_map(&mut self, map: ClusterMap) {
+        self.map = Some(map);
+        self.generation += 1;
+    }
+
+    /// The greatest number of copies that a namespace asks for.
+    #[must_use]
+    pub fn copies_max(&self) -> u8 {
+        self.namespaces.iter().map(|namespace| namespace.n).max().unwrap_or(1)
     }
 
     /// The namespace with this id. None when it was dropped or never existed. O(log n).

@@ -8,7 +8,9 @@
 //! [`repair`] checks that those who have seen the same writes hold the same records, and
 //! [`tracking`] knows who has seen which; [`coordinator`] carries reads and writes over the
 //! replicas of a key, and [`membership`] knows who is there. [`register`] is what all members must
-//! agree on, one value a register, and [`keys`] makes registers of the keys of a namespace. [`room`] bounds what a node keeps for others.
+//! agree on, one value a register; [`moves`] is the greater part of that value: members that change
+//! and partitions that move. [`keys`] makes registers of the keys of a namespace. [`room`] bounds
+//! what a node keeps for others.
 
 #![forbid(unsafe_code)]
 
@@ -17,6 +19,7 @@ pub mod keys;
 pub mod member;
 pub mod membership;
 pub mod message;
+pub mod moves;
 pub mod register;
 pub mod repair;
 pub mod ring;

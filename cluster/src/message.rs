@@ -115,6 +115,9 @@ pub enum PeerMessage<'a> {
         hlc: Timestamp,
         /// No hint that the sender holds is of a write before it.
         hint_floor: Timestamp,
+        /// All that the sender took in before it confirmed this map is in its announcements; 0 in
+        /// all but the last message of a round.
+        epoch: u32,
         /// A line for each partition that changed.
         entries: Vec<TrackEntry<'a>>,
         /// Whether partitions without a line are not held by the sender at all.
@@ -313,6 +316,17 @@ pub enum PeerMessage<'a> {
         /// It can.
         is_left: bool,
     },
+    /// How far the sending shard is with the moves of a map (`moves/mod.rs`).
+    Moving {
+        /// The map that it works by.
+        generation: u32,
+        /// The map below which it refuses requests.
+        confirmed: u32,
+        /// It holds nothing that is not its node's own.
+        is_empty: bool,
+        /// Partitions that it is a new owner of, and ready for the next stage with.
+        ready: Vec<PartitionId>,
+    },
 }
 
 /// What became of a `Write`.
@@ -417,6 +431,7 @@ mod kind {
     pub(super) const KEY_SAID: u8 = 37;
     pub(super) const KEY_ACCEPT: u8 = 38;
     pub(super) const ROOM: u8 = 20;
+    pub(super) const MOVING: u8 = 36;
 }
 
 impl<'a> PeerMessage<'a> {
@@ -451,6 +466,7 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::KeySaid { .. } => "key_said",
             PeerMessage::KeyAccept { .. } => "key_accept",
             PeerMessage::Room { .. } => "room",
+            PeerMessage::Moving { .. } => "moving",
         }
     }
 
@@ -507,12 +523,13 @@ impl<'a> PeerMessage<'a> {
                 out.put_u16(*status);
                 out.put(body);
             }
-            PeerMessage::Track { base_version, version, hlc, hint_floor, entries, full } => {
+            PeerMessage::Track { base_version, version, hlc, hint_floor, epoch, entries, full } => {
                 out.put_u8(kind::TRACK);
                 out.put_u64(*base_version);
                 out.put_u64(*version);
                 out.put_u64(hlc.0);
                 out.put_u64(hint_floor.0);
+                out.put_u32(*epoch);
                 out.put_u32(size_u32(entries.len()));
                 for entry in entries {
                     out.put_u32(entry.partition.0);
@@ -645,6 +662,14 @@ impl<'a> PeerMessage<'a> {
             PeerMessage::Room { is_left } => {
                 out.put_u8(kind::ROOM);
                 out.put_u8(u8::from(*is_left));
+            }
+            PeerMessage::Moving { generation, confirmed, is_empty, ready } => {
+                out.put_u8(kind::MOVING);
+                out.put_u32(*generation);
+                out.put_u32(*confirmed);
+                out.put_u8(u8::from(*is_empty));
+                out.put_u32(size_u32(ready.len()));
+                ready.iter().for_each(|partition| out.put_u32(partition.0));
             }
         }
     }
@@ -794,6 +819,12 @@ impl<'a> PeerMessage<'a> {
             }
             kind::KEY_ASK | kind::KEY_SAID | kind::KEY_ACCEPT => keys::decode(kind, &mut reader)?,
             kind::ROOM => PeerMessage::Room { is_left: flag(&mut reader)? },
+            kind::MOVING => PeerMessage::Moving {
+                generation: reader.u32()?,
+                confirmed: reader.u32()?,
+                is_empty: flag(&mut reader)?,
+                ready: list(&mut reader, 4, partition)?,
+            },
             _ => return Err(Malformed("unknown kind of message")),
         };
         reader.finish()?;
@@ -913,6 +944,7 @@ fn track<'a>(reader: &mut Reader<'a>) -> Result<PeerMessage<'a>, Malformed> {
         version: reader.u64()?,
         hlc: Timestamp(reader.u64()?),
         hint_floor: Timestamp(reader.u64()?),
+        epoch: reader.u32()?,
         entries: list(reader, 16, |reader| {
             Ok(TrackEntry {
                 partition: partition(reader)?,

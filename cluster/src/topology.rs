@@ -11,6 +11,7 @@
 use annulus_engine::model::PartitionId;
 
 use crate::member::{Member, NodeId, Weight};
+use crate::moves::{ClusterMap, Layout, MemberState, Place, Stage};
 use crate::ring::{Ring, RingError};
 
 /// A server, with all that others need in order to reach and to place it.
@@ -30,14 +31,62 @@ pub struct NodeInfo {
     pub weight: Weight,
 }
 
+/// The rings of one layout: number `i` places `i + 1` copies; only those in use are there.
+#[derive(Clone, Debug)]
+struct Rings(Vec<Option<Ring>>);
+
+impl Rings {
+    fn new(
+        partition_bits: u32,
+        members: &[Member],
+        factors: &[u8],
+    ) -> Result<Rings, RingError> {
+        let holding = members.iter().filter(|member| member.weight > Weight(0)).count();
+        let mut rings = Vec::new();
+        for factor in factors {
+            let copies = usize::from(*factor).clamp(1, holding.max(1));
+            if rings.len() < copies {
+                rings.resize(copies, None);
+            }
+            if rings[copies - 1].is_none() {
+                rings[copies - 1] = Some(Ring::new(partition_bits, copies, members)?);
+            }
+        }
+        Ok(Rings(rings))
+    }
+
+    fn of(&self, factor: u8) -> Option<&Ring> {
+        let copies = usize::from(factor).clamp(1, self.0.len().max(1));
+        self.0.get(copies - 1)?.as_ref()
+    }
+
+    fn replicas(&self, partition: PartitionId, factor: u8) -> &[NodeId] {
+        self.of(factor).map_or(&[], |ring| ring.replicas(partition))
+    }
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Topology {
     own: NodeId,
     partition_bits: u32,
+    generation: u32,
+    removed_at: u32,
     nodes: Vec<NodeInfo>,
-    /// Ring number `i` places `i + 1` copies; only those in use are there.
-    rings: Vec<Option<Ring>>,
+    /// Members that are replaced.
+    replaced: Vec<NodeId>,
+    /// Whether all partitions leave `own`, or have left it.
+    is_leaving: bool,
+    /// Numbers of copies in use.
+    factors: Vec<u8>,
+    /// One a layout of the map.
+    layouts: Vec<Rings>,
+    /// By partition; empty while all are settled on the only layout.
+    places: Vec<Place>,
+}
+
+fn member_of(node: &NodeInfo, weight: Weight) -> Member {
+    Member { id: node.id, weight, dc: node.dc.clone(), rack: node.rack.clone() }
 }
 
 impl Topology {
@@ -53,33 +102,77 @@ impl Topology {
         factors: impl IntoIterator<Item = u8>,
     ) -> Result<Topology, RingError> {
         nodes.sort_by_key(|node| node.id);
-        let members: Vec<Member> = nodes
-            .iter()
-            .map(|node| Member {
-                id: node.id,
-                weight: node.weight,
-                dc: node.dc.clone(),
-                rack: node.rack.clone(),
-            })
-            .collect();
-        let holding = members.iter().filter(|member| member.weight > Weight(0)).count();
-        let mut rings = Vec::new();
-        for factor in factors {
-            let copies = usize::from(factor).clamp(1, holding.max(1));
-            if rings.len() < copies {
-                rings.resize(copies, None);
-            }
-            if rings[copies - 1].is_none() {
-                rings[copies - 1] = Some(Ring::new(partition_bits, copies, &members)?);
-            }
-        }
-        Ok(Topology { own, partition_bits, nodes, rings })
+        let members: Vec<Member> = nodes.iter().map(|it| member_of(it, it.weight)).collect();
+        let factors: Vec<u8> = factors.into_iter().collect();
+        let layouts = vec![Rings::new(partition_bits, &members, &factors)?];
+        let (places, generation, removed_at) = (Vec::new(), 1, 0);
+        Ok(Topology {
+            own,
+            partition_bits,
+            generation,
+            removed_at,
+            nodes,
+            replaced: Vec::new(),
+            is_leaving: false,
+            factors,
+            layouts,
+            places,
+        })
+    }
+
+    /// The topology that a map says, as `own` sees it.
+    ///
+    /// # Errors
+    /// [`RingError`] when a layout has no such ring.
+    pub fn of_map(
+        own: NodeId,
+        map: &ClusterMap,
+        factors: impl IntoIterator<Item = u8>,
+    ) -> Result<Topology, RingError> {
+        let factors: Vec<u8> = factors.into_iter().collect();
+        let rings = |layout: &Layout| {
+            let members: Vec<Member> = layout
+                .iter()
+                .filter_map(|(id, weight)| Some(member_of(&map.member(*id)?.info, *weight)))
+                .collect();
+            Rings::new(map.partition_bits, &members, &factors)
+        };
+        let layouts = map.layouts.iter().map(rings).collect::<Result<Vec<_>, _>>()?;
+        Ok(Topology {
+            own,
+            partition_bits: map.partition_bits,
+            generation: map.generation,
+            removed_at: map.removed_at,
+            nodes: map.nodes(),
+            replaced: map
+                .members
+                .iter()
+                .filter(|member| member.state == MemberState::Dead)
+                .map(|member| member.info.id)
+                .collect(),
+            is_leaving: !map.layouts.last().is_some_and(|it| it.iter().any(|it| it.0 == own)),
+            layouts,
+            places: map.places.clone(),
+            factors,
+        })
     }
 
     /// The node whose view this is.
     #[must_use]
     pub fn own(&self) -> NodeId {
         self.own
+    }
+
+    /// Of the map.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The generation in which a member was last removed; 0: never.
+    #[must_use]
+    pub fn removed_at(&self) -> u32 {
+        self.removed_at
     }
 
     /// Logarithm of the number of partitions.
@@ -107,48 +200,146 @@ impl Topology {
         self.nodes.len() <= 1
     }
 
-    /// How many copies a namespace that asks for `factor` of them really has.
-    #[must_use]
-    pub fn copies(&self, factor: u8) -> usize {
-        usize::from(factor).clamp(1, self.rings.len().max(1))
+    fn place(&self, partition: PartitionId) -> Place {
+        let only = Place::settled(0);
+        self.places.get(partition.0 as usize).copied().unwrap_or(only)
     }
 
-    fn ring(&self, factor: u8) -> Option<&Ring> {
-        self.rings.get(self.copies(factor) - 1)?.as_ref()
+    /// Where the partition stands between two layouts.
+    #[must_use]
+    pub fn stage(&self, partition: PartitionId) -> Stage {
+        self.place(partition).stage
+    }
+
+    fn on(&self, layout: u8) -> Option<&Rings> {
+        self.layouts.get(usize::from(layout))
+    }
+
+    /// The layout by which the partition is read.
+    fn current(&self, partition: PartitionId) -> Option<&Rings> {
+        let place = self.place(partition);
+        self.on(if place.stage == Stage::New { place.to } else { place.at })
     }
 
     /// The home servers of a partition for namespaces of this many copies, in the order of the
-    /// walk. Empty for a factor that is not in use.
+    /// walk: those that reads ask. Empty for a factor that is not in use.
     #[must_use]
     pub fn replicas(&self, partition: PartitionId, factor: u8) -> &[NodeId] {
-        self.ring(factor).map_or(&[], |ring| ring.replicas(partition))
+        self.current(partition).map_or(&[], |rings| rings.replicas(partition, factor))
+    }
+
+    /// The other homes that a write must come to as well, each level of it, while the partition
+    /// moves.
+    #[must_use]
+    pub fn other_replicas(&self, partition: PartitionId, factor: u8) -> Option<&[NodeId]> {
+        if self.places.is_empty() {
+            return None;
+        }
+        let place = self.place(partition);
+        let other = match place.stage {
+            Stage::Settled | Stage::Prepared => return None,
+            Stage::Both => place.to,
+            Stage::New => place.at,
+        };
+        Some(self.on(other)?.replicas(partition, factor))
     }
 
     /// Home servers, then those that stand in for them, in order.
     #[must_use]
     pub fn preference(&self, partition: PartitionId, factor: u8) -> Vec<NodeId> {
-        self.ring(factor).map_or_else(Vec::new, |ring| ring.preference(partition))
+        let ring = self.current(partition).and_then(|rings| rings.of(factor));
+        ring.map_or_else(Vec::new, |ring| ring.preference(partition))
     }
 
-    /// Whether this node is a home of the partition for namespaces of this many copies.
+    /// Whether reads of the partition ask `own`, for namespaces of this many copies.
     #[must_use]
     pub fn is_home(&self, partition: PartitionId, factor: u8) -> bool {
         self.replicas(partition, factor).contains(&self.own)
     }
 
-    /// Every home of the partition for any factor in use, by id.
+    /// Whether a node is a home of the partition for namespaces of this many copies: one that is
+    /// written to.
+    #[must_use]
+    pub fn is_home_of(&self, partition: PartitionId, factor: u8, node: NodeId) -> bool {
+        self.replicas(partition, factor).contains(&node)
+            || self.other_replicas(partition, factor).is_some_and(|it| it.contains(&node))
+    }
+
+    /// Every home of the partition on a layout, for any factor in use, by id.
+    #[must_use]
+    pub fn homes_on(&self, partition: PartitionId, layout: u8) -> Vec<NodeId> {
+        let rings = self.on(layout).into_iter().flat_map(|rings| rings.0.iter().flatten());
+        let mut homes: Vec<NodeId> =
+            rings.flat_map(|ring| ring.replicas(partition)).copied().collect();
+        homes.sort_unstable();
+        homes.dedup();
+        homes
+    }
+
+    /// Whether the partition has the same homes on both layouts, for each factor in use.
+    #[must_use]
+    pub fn is_same_on(&self, partition: PartitionId, one: u8, other: u8) -> bool {
+        let homes = |layout: u8, factor: u8| {
+            let rings = self.on(layout);
+            let mut homes = rings.map_or(&[][..], |it| it.replicas(partition, factor)).to_vec();
+            homes.sort_unstable();
+            homes
+        };
+        self.factors.iter().all(|factor| homes(one, *factor) == homes(other, *factor))
+    }
+
+    /// Every home of the partition for any factor in use, by id: those from which nothing may be
+    /// missing before it is forgotten. A new owner is one from the beginning, in the eyes of all
+    /// but itself: it has to get rid of what it keeps for others first.
     #[must_use]
     pub fn holders(&self, partition: PartitionId) -> Vec<NodeId> {
-        let mut holders: Vec<NodeId> = self
-            .rings
-            .iter()
-            .flatten()
-            .flat_map(|ring| ring.replicas(partition))
-            .copied()
-            .collect();
-        holders.sort_unstable();
-        holders.dedup();
+        let place = self.place(partition);
+        let mut holders = self.homes_on(partition, place.at);
+        if place.stage != Stage::Settled {
+            let new = self.homes_on(partition, place.to);
+            let is_preparing = place.stage == Stage::Prepared
+                && !holders.contains(&self.own)
+                && new.contains(&self.own);
+            if is_preparing {
+                // To those who have to have what it keeps: neither other new owners, which begin
+                // with nothing, nor who is replaced.
+                holders.retain(|node| !self.replaced.contains(node));
+                return holders;
+            }
+            holders.extend(new);
+            holders.sort_unstable();
+            holders.dedup();
+        }
         holders
+    }
+
+    /// Whether all partitions leave `own`, or have left it: it keeps nothing more for others.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.is_leaving
+    }
+
+    /// Whether `own` is a new owner of the partition that has to have nothing of it before it begins.
+    #[must_use]
+    pub fn is_preparing(&self, partition: PartitionId) -> bool {
+        !self.places.is_empty()
+            && self.stage(partition) == Stage::Prepared
+            && self.moves_here_from(partition).is_some()
+    }
+
+    /// The old homes that are not replaced, if `own` is a new owner of the partition that is on its
+    /// way.
+    #[must_use]
+    pub fn moves_here_from(&self, partition: PartitionId) -> Option<Vec<NodeId>> {
+        let place = self.place(partition);
+        if place.stage == Stage::Settled {
+            return None;
+        }
+        let mut old = self.homes_on(partition, place.at);
+        let is_new = !old.contains(&self.own)
+            && self.homes_on(partition, place.to).contains(&self.own);
+        old.retain(|node| !self.replaced.contains(node));
+        is_new.then_some(old)
     }
 }
 
@@ -173,7 +364,6 @@ mod tests {
     fn a_lone_node_holds_everything_whatever_is_asked_for() {
         let topology = Topology::new(NodeId(1), 4, nodes(1), [3]).unwrap();
         assert!(topology.is_alone());
-        assert_eq!(topology.copies(3), 1);
         assert_eq!(topology.replicas(PartitionId(7), 3), [NodeId(1)]);
     }
 

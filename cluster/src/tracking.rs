@@ -105,6 +105,23 @@ pub struct Shared {
     pub first: PartitionId,
     /// Holders of it and of those that follow it on this shard.
     pub holders: Vec<Vec<NodeId>>,
+    /// How members have changed and partitions move.
+    pub moves: Moves,
+}
+
+/// What tracking needs to know of members that change (`moves/mod.rs`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// Of the map; 0 where members never change.
+    pub generation: u32,
+    /// Whether the members are not those that the cluster was made of. Then a holder may have been
+    /// another's before, whose writes `as_of` must wait for as well.
+    pub have_changed: bool,
+    /// The generation of the map in which a member was last removed; 0: never.
+    pub removed_at: u32,
+    /// The old homes of partitions that this node is a new owner of: only from them it takes what
+    /// it lacks.
+    pub here_from: BTreeMap<PartitionId, Vec<NodeId>>,
 }
 
 impl Shared {
@@ -113,12 +130,22 @@ impl Shared {
     pub fn new(topology: &Topology, shard: u32, shard_count: u32) -> Shared {
         let bits = topology.partition_bits();
         let of_shard =
-            |partition: &u32| shard_of(PartitionId(*partition), shard_count, bits) == shard;
+            move |partition: &u32| shard_of(PartitionId(*partition), shard_count, bits) == shard;
         let mut partitions = (0..1 << bits).filter(of_shard).map(PartitionId).peekable();
         Shared {
             partition_bits: bits,
             members: topology.nodes().iter().map(|node| (node.id, shard_count)).collect(),
             first: partitions.peek().copied().unwrap_or_default(),
+            moves: Moves {
+                generation: topology.generation(),
+                have_changed: topology.generation() > 1,
+                removed_at: topology.removed_at(),
+                here_from: partitions
+                    .clone()
+                    .filter(|it| topology.holders(*it).contains(&topology.own()))
+                    .filter_map(|it| Some((it, topology.moves_here_from(it)?)))
+                    .collect(),
+            },
             holders: partitions.map(|partition| topology.holders(partition)).collect(),
         }
     }
@@ -181,6 +208,9 @@ impl Default for Options {
 /// A partition of this shard, held, hosted, or empty.
 struct Local {
     holders: Vec<NodeId>,
+    /// The map by which this node became one of them: who works by an older one has not told it all
+    /// that it tells a holder, whatever it promises.
+    held_since: u32,
     /// Every write of anybody stamped at or below this is here.
     complete: Timestamp,
     /// What others may know: it is durable.
@@ -216,6 +246,8 @@ struct Peer {
     /// All that it took in before this moment of its clock is in the announcement.
     clock: Timestamp,
     promise: Timestamp,
+    /// All that it took in before it confirmed this map is in the announcement.
+    epoch: u32,
     entries: BTreeMap<PartitionId, Entry>,
     /// It has all up to this announcement.
     acked: u64,
@@ -241,10 +273,15 @@ pub struct Tracking {
     version: u64,
     /// Of the announced state, `None` before there is one.
     told: Option<announce::Told>,
-    /// The clock at some position of the log that `seen` had not reached then.
-    mark: Option<(u64, Timestamp)>,
+    /// The clock at some position of the log that `seen` had not reached then, and the map that was
+    /// confirmed then.
+    mark: Option<(u64, Timestamp, u32)>,
     /// All that was taken in before this moment is visible.
     visible: Timestamp,
+    /// All that was taken in before this map was confirmed is visible.
+    visible_epoch: u32,
+    /// The map below which this shard refuses requests.
+    epoch: u32,
     /// Partitions by the version of their last change.
     changes: BTreeMap<u64, PartitionId>,
     /// Partitions to look at for the next snapshot.
@@ -269,13 +306,20 @@ impl Tracking {
         let mut tracking = Tracking {
             own,
             options,
-            shared: Shared { holders: Vec::new(), members: BTreeMap::new(), ..shared },
+            shared: Shared {
+                holders: Vec::new(),
+                members: BTreeMap::new(),
+                moves: Moves::default(),
+                ..shared
+            },
             locals: Vec::new(),
             peers: BTreeMap::new(),
             version: announce::first_version(life),
             told: None,
             mark: None,
             visible: Timestamp::ZERO,
+            visible_epoch: 0,
+            epoch: 0,
             changes: BTreeMap::new(),
             dirty: BTreeSet::new(),
             unsettled: BTreeSet::new(),
@@ -291,22 +335,36 @@ impl Tracking {
     }
 
     /// Takes note of a change of members, of their shards, or of holders. The shard's own
-    /// partitions stay the same. Everybody is told everything again.
+    /// partitions stay the same. Whoever may have another part in a partition is told of it again,
+    /// as news: an answer to what he was told before does not pass for one to this.
     pub fn set_shared(&mut self, shared: Shared) {
         if self.locals.len() != shared.holders.len() {
             self.locals.clear();
             self.locals.resize_with(shared.holders.len(), || Local {
                 holders: Vec::new(),
+                held_since: 0,
                 complete: Timestamp::ZERO,
                 announced: Announced { version: 0, seen: Rc::default(), complete: Timestamp::ZERO },
                 behind: None,
                 as_of: Cell::default(),
             });
         }
-        for (local, holders) in self.locals.iter_mut().zip(&shared.holders) {
+        let mut changed = Vec::new();
+        for ((partition, local), holders) in
+            (shared.first.0..).map(PartitionId).zip(&mut self.locals).zip(&shared.holders)
+        {
+            if local.holders != *holders {
+                changed.push(partition);
+            }
+            if local.holders.contains(&self.own) != holders.contains(&self.own) {
+                // What a guest knew goes with what it had.
+                local.complete = Timestamp::ZERO;
+                local.held_since = shared.moves.generation;
+            }
             local.holders.clone_from(holders);
             local.behind = None;
         }
+        self.catch_up.look_again(&shared);
         self.shared = shared;
         self.heard += 1;
         let mut peers = BTreeSet::new();
@@ -318,11 +376,34 @@ impl Tracking {
         }
         self.peers.retain(|peer, _| peers.contains(peer));
         for peer in peers {
-            let peer = self.peers.entry(peer).or_default();
-            (peer.acked, peer.sent, peer.sent_at) = (0, 0, None);
+            self.peers.entry(peer).or_default();
         }
+        changed.into_iter().for_each(|partition| self.repeat(partition));
         self.dirty.extend(self.partitions().collect::<Vec<_>>());
         self.moved.extend(self.partitions().collect::<Vec<_>>());
+    }
+
+    /// From now on the shard refuses requests of maps before this one.
+    pub fn set_epoch(&mut self, epoch: u32) {
+        self.epoch = self.epoch.max(epoch);
+    }
+
+    /// Whether this replica, a new owner of the partition, has all that each of these old homes had
+    /// when it confirmed the map of that generation. Later writes come to it by themselves.
+    #[must_use]
+    pub fn has_all_of(
+        &self,
+        partition: PartitionId,
+        homes: &[NodeId],
+        generation: u32,
+        replica: &impl Replica,
+    ) -> bool {
+        let seen = replica.seen(partition);
+        homes.iter().filter(|node| **node != self.own).all(|node| {
+            let Some(peer) = self.peer(*node, partition) else { return false };
+            let theirs = peer.entries.get(&partition);
+            peer.epoch >= generation && theirs.is_none_or(|entry| seen.covers(&entry.seen))
+        })
     }
 
     /// The shard's partitions.

@@ -96,6 +96,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
             version: 1,
             hlc: as_of,
             hint_floor: as_of,
+            epoch: 1,
             entries: vec![entry, entry],
             full: true,
         },
@@ -137,6 +138,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         },
         PeerMessage::Gossip { is_answer: false, gossip },
         PeerMessage::Room { is_left: true },
+        PeerMessage::Moving { generation: 2, confirmed: 1, is_empty: true, ready: vec![partition] },
         PeerMessage::Prepare { register, ballot },
         PeerMessage::Promise {
             register,

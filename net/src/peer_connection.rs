@@ -99,6 +99,12 @@ impl PeerFacts {
         }
     }
 
+    /// The other nodes are these from now on; what is known of the lives of those that stay stays.
+    pub fn set_members(&mut self, members: &[PeerMember]) {
+        let before = std::mem::replace(&mut self.members, members.to_vec());
+        before.into_iter().for_each(|member| self.note_life(member.node, member.life));
+    }
+
     /// Whether a node with this life may be spoken to.
     fn check_member(&self, node: OriginId, life: u64) -> Result<(), PeerRefusal> {
         match self.members.iter().find(|member| member.node == node) {

@@ -12,13 +12,14 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use super::arguments::{
-    RepairArguments, RingArguments, SnapshotArguments, SnapshotCommand, StatsArguments,
+    MemberArguments, RepairArguments, RingArguments, SnapshotArguments, SnapshotCommand, StatsArguments,
     StatusArguments,
 };
 use super::data::{key, moment};
 use super::output::{Output, finish};
 use super::remote::{self, TIMEOUT_LONG, connect, failure};
 use super::{Exit, Failure, Outcome};
+use crate::member_commands::Which;
 use crate::commands::{
     Command, Named, RepairQuery, RepairReply, Replica, RingQuery, RingReply, SnapshotReply,
     SnapshotRow, StatusReply, check_snapshot_name,
@@ -147,6 +148,25 @@ pub(super) fn status(arguments: StatusArguments) -> Outcome {
         "LAG",
     ];
     print_table(&header, &rows)
+}
+
+/// What the server says of a change of members.
+type Changed = serde_json::Map<String, serde_json::Value>;
+
+pub(super) fn decommission(arguments: MemberArguments) -> Outcome {
+    change_member(&arguments, &Command::MembersLeave(Which { node: arguments.node }))
+}
+
+pub(super) fn replace(arguments: MemberArguments) -> Outcome {
+    change_member(&arguments, &Command::MembersReplace(Which { node: arguments.node }))
+}
+
+fn change_member(arguments: &MemberArguments, command: &Command) -> Outcome {
+    let reply: Changed = remote::command(&arguments.server, command)?;
+    match arguments.server.json {
+        true => print_json(&reply),
+        false => Ok(Exit::Success),
+    }
 }
 
 pub(super) fn repair(arguments: RepairArguments) -> Outcome {

@@ -89,6 +89,14 @@ pub(crate) enum Command {
         annulus repair --scrub\n\nExit code of --status: 0 when all replicas agree as far as \
         the node knows, else 1.")]
     Repair(RepairArguments),
+    /// Let a node leave: its partitions go to the others, then its process ends with exit code 0.
+    #[command(after_help = "Example:\n  annulus decommission 4\n\n`annulus status` has the ids, \
+        and shows how many partitions are left.")]
+    Decommission(MemberArguments),
+    /// Give up a node that will not come back: the others make up for its copies.
+    #[command(after_help = "Example:\n  annulus replace 2\n\nWhat only that node had is lost. It \
+        cannot come back; a new node joins with a new --data-dir.")]
+    Replace(MemberArguments),
     /// Print a log segment, table, manifest, identity, namespaces or registers file, or a directory
     /// of them.
     #[command(
@@ -405,6 +413,14 @@ pub(crate) struct RepairArguments {
     /// Read all records as well, to check them.
     #[arg(long, conflicts_with = "status")]
     pub(crate) scrub: bool,
+    #[command(flatten)]
+    pub(crate) server: Server,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MemberArguments {
+    /// The node's id.
+    pub(crate) node: u32,
     #[command(flatten)]
     pub(crate) server: Server,
 }

@@ -115,6 +115,8 @@ fn dispatch(command: Command) -> Outcome {
         Command::Stats(arguments) => admin::stats(arguments),
         Command::Repair(arguments) => admin::repair(arguments),
         Command::Status(arguments) => admin::status(arguments),
+        Command::Decommission(arguments) => admin::decommission(arguments),
+        Command::Replace(arguments) => admin::replace(arguments),
         Command::Snapshot(arguments) => admin::snapshot(arguments),
         Command::Inspect(arguments) => {
             crate::inspect::run(&arguments.path, arguments.options(), &mut output::Output::stdout())

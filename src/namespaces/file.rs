@@ -13,12 +13,14 @@
 //! | 16     | 8    | generation | how many changes made it                                  |
 //! | 24     | 4    | next_id    | the next id to give                                       |
 //! | 28     | 4    | count      | namespaces in the body                                    |
-//! | 32     | 28   | reserved   | 0                                                         |
+//! | 32     | 4    | map_len    | bytes of the body's end that are the map; 0: none         |
+//! | 36     | 24   | reserved   | 0                                                         |
 //! | 60     | 4    | checksum   | CRC32C of bytes 0..60 and the body, salted                |
 //!
 //! Each namespace, by ascending id: id 4, `ttl_ms` 8, n 1, w 1, r 1, mode 1, availability 1,
 //! compression 1, name length 1, data centres 1, name; for each data centre: length 1, copies 1,
-//! name. Levels: 1..=16 a count, 254 quorum, 255 all. Then zeros up to the device's alignment.
+//! name. Levels: 1..=16 a count, 254 quorum, 255 all. The map: `cluster/src/moves/file.rs`. Then
+//! zeros up to the device's alignment.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,7 +29,9 @@ use annulus_engine::buffer::AlignedBuf;
 use annulus_engine::checksum;
 use annulus_engine::disk::{Disk, File, OpenMode, WriteMode};
 use annulus_engine::error::{Error, Result};
+use annulus_cluster::moves::ClusterMap;
 use annulus_engine::model::NamespaceId;
+use annulus_net::wire::codec::Reader as MapReader;
 
 use super::{
     Availability, Catalogue, DATA_CENTRES_MAX, DEFAULT_NAME, FILE_NAME, FILE_NAME_NEW, Level, Mode,
@@ -41,7 +45,8 @@ const HEADER_SIZE: usize = 64;
 const ENTRY_FIXED_SIZE: usize = 20;
 const ENTRY_SIZE_MAX: usize =
     ENTRY_FIXED_SIZE + NAME_SIZE_MAX + DATA_CENTRES_MAX * (2 + NAME_SIZE_MAX);
-const BODY_SIZE_MAX: usize = NAMESPACES_MAX * ENTRY_SIZE_MAX;
+const MAP_SIZE_MAX: usize = 1 << 20;
+const BODY_SIZE_MAX: usize = NAMESPACES_MAX * ENTRY_SIZE_MAX + MAP_SIZE_MAX;
 /// Stands for the file's id in its checksum.
 const SALT: u64 = u64::from_le_bytes(MAGIC);
 
@@ -72,6 +77,11 @@ impl Catalogue {
                 body.extend_from_slice(name.as_bytes());
             }
         }
+        let namespaces_len = body.len();
+        if let Some(map) = &self.map {
+            map.encode(&mut body);
+        }
+        let map_len = body.len() - namespaces_len;
         let mut bytes = Vec::with_capacity(HEADER_SIZE + body.len());
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
@@ -79,6 +89,7 @@ impl Catalogue {
         bytes.extend_from_slice(&self.generation.to_le_bytes());
         bytes.extend_from_slice(&self.next_id.to_le_bytes());
         bytes.extend_from_slice(&count_u32(self.namespaces.len()).to_le_bytes());
+        bytes.extend_from_slice(&count_u32(map_len).to_le_bytes());
         bytes.resize(HEADER_SIZE - 4, 0);
         let sum = checksum::salted_parts(SALT, 0, &bytes, &body);
         bytes.extend_from_slice(&sum.to_le_bytes());
@@ -118,6 +129,20 @@ impl Catalogue {
         }
         let generation = u64::from(u32_at(16)) | (u64::from(u32_at(20)) << 32);
         let next_id = u32_at(24);
+        let (body, map) = body
+            .split_at_checked(body_len.wrapping_sub(u32_at(32) as usize))
+            .ok_or_else(|| corrupt(32, "the map is longer than the body"))?;
+        let map = match map {
+            [] => None,
+            bytes => {
+                let mut reader = MapReader::new(bytes);
+                let map = ClusterMap::decode(&mut reader).and_then(|map| {
+                    reader.finish()?;
+                    Ok(map)
+                });
+                Some(map.map_err(|rule| corrupt(HEADER_SIZE + body.len(), rule.0))?)
+            }
+        };
         let mut reader = Reader { bytes: body, at: 0 };
         let mut namespaces: Vec<Namespace> = Vec::new();
         for _ in 0..u32_at(28) {
@@ -142,7 +167,7 @@ impl Catalogue {
                 "the default namespace is missing, or bytes are left",
             ));
         }
-        Ok(Catalogue { generation, next_id, namespaces })
+        Ok(Catalogue { generation, next_id, namespaces, map })
     }
 
     /// Reads the catalogue of a data directory; none when the file is absent.

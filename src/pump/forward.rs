@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use annulus_cluster::membership::MemberView;
+use annulus_cluster::tracking::PeerShard;
 use annulus_engine::disk::Disk;
 use annulus_engine::model::{Instant, PartitionId, Pieces, Token};
 use annulus_engine::runtime::Runtime;
@@ -17,6 +18,7 @@ use annulus_net::wire::response::Failure;
 use annulus_net::wire::scan::Scan;
 use annulus_net::wire::status::Status;
 
+use super::replication::MovesReport;
 use super::{Answer, Origin, Peers, Pump, Wires};
 
 /// Most requests that one shard may have handed over and not got back.
@@ -124,6 +126,8 @@ pub enum Message {
     },
     /// What the shard that speaks for the node believes of the members of its cluster.
     Members(Arc<[MemberView]>),
+    /// How far a shard of this node is with the moves of partitions.
+    Moving(u32, Box<MovesReport>),
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
@@ -165,6 +169,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 self.carry_out(origin, deadline, opcode, &body, wires);
             }
             Message::Members(views) => self.take_views(views),
+            Message::Moving(shard, report) => {
+                if let Some(own) = self.topology().map(annulus_cluster::Topology::own) {
+                    self.take_report(PeerShard { node: own, shard }, *report);
+                }
+            }
         }
     }
 
@@ -224,6 +233,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
                 answer @ Message::Answer { .. } => self.outbox.push((shard, answer)),
                 Message::Members(_) => self.views_refused(),
+                // It is said again soon.
+                Message::Moving(..) => {}
             }
         }
         all

@@ -63,7 +63,7 @@ pub use admin::{AdminDesk, AdminJob, Vote, disk_level};
 pub use answer::{Answer, ConnectionKey, Origin};
 pub use forward::{Message, ShardMap};
 pub use links::{Lane, LinkDown, Links, NoLinks};
-pub use replication::{RepairFigures, ReplicationOptions};
+pub use replication::{MovesReport, RepairFigures, ReplicationOptions};
 
 use crate::metrics::{ShardMetrics, ShardSnapshot};
 use crate::namespaces::{Catalogue, Mode, Namespace};
@@ -611,6 +611,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     #[must_use]
     pub fn topology(&self) -> Option<&Topology> {
         self.replication.as_ref().map(|replication| replication.topology())
+    }
+
+    /// Whether the node is no member of its cluster any more: it has nothing left to do.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        self.topology().is_some_and(|topology| topology.node(topology.own()).is_none())
     }
 
     /// Whether no answer waits to be cut into frames.

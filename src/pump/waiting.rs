@@ -38,6 +38,16 @@ impl WaitingTasks {
         id
     }
 
+    /// Tasks from this number on have not begun.
+    pub(super) fn next_id(&self) -> u64 {
+        self.next
+    }
+
+    /// The oldest task that somebody waits for.
+    pub(super) fn first_id(&self) -> Option<u64> {
+        self.entries.keys().next().copied()
+    }
+
     /// Who waits for the task, unless the deadline came first.
     pub(super) fn take(&mut self, id: u64) -> Option<Origin> {
         self.entries.remove(&id).map(|entry| entry.origin)

@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use annulus_cluster::NodeId;
+use annulus_cluster::moves::ClusterMap;
 use annulus_engine::disk::Disk;
 use annulus_engine::driver::RingDisk;
 use annulus_engine::identity::{self, Identity};
@@ -17,6 +18,7 @@ use annulus_engine::runtime::Runtime;
 use super::node::{Node, NodeFacts};
 use super::shard::dir_name;
 use crate::cluster_key::ClusterKey;
+use crate::config::Config;
 use crate::members::Members;
 use crate::namespaces::Catalogue;
 use crate::registers::Registers;
@@ -70,10 +72,29 @@ pub(super) async fn claim(
     if existing.is_none() {
         refuse_foreign(dir)?;
     }
-    let members = members(node, dir, existing.is_some())?;
-    let key = members.as_ref().map(|members| config.cluster_key(members)).transpose()?;
-    if let (Some(found), Some(key), Some(members)) = (&existing, &key, &members) {
-        check_member(found, key, members, dir)?;
+    let kept = Catalogue::load(disk, dir).await.map_err(text)?;
+    if kept.is_none() && facts_have_data(&first) {
+        return Err(format!(
+            "{} is missing, but there is data: restore it from a snapshot",
+            dir.join(crate::namespaces::FILE_NAME).display()
+        ));
+    }
+    let (catalogue, own) = match (kept, &existing) {
+        // As it was left.
+        (Some(kept), Some(found)) => {
+            check_alone(&kept, config, dir)?;
+            (kept, found.node)
+        }
+        (kept, _) => {
+            let begin = begin(node, kept)?;
+            begin.0.save(disk, dir).await.map_err(text)?;
+            begin
+        }
+    };
+    let founding = catalogue.map().map(|map| map.founding);
+    let key = founding.map(|founding| config.cluster_key(founding)).transpose()?;
+    if let (Some(found), Some(key)) = (&existing, &key) {
+        check_member(found, key, &catalogue, dir)?;
     }
     let secret = secret(dir, existing.is_some(), key.as_ref())?;
     let life = next_life(dir, runtime.wall())?;
@@ -87,7 +108,7 @@ pub(super) async fn claim(
             created: found.created,
             secret,
             disk_total: space.total,
-            members,
+            founding,
             life,
         },
         None => {
@@ -97,33 +118,22 @@ pub(super) async fn claim(
                     || u128::from(random[0]) << 64 | u128::from(random[1]),
                     ClusterKey::cluster,
                 ),
-                node: OriginId(members.as_ref().map_or(1, |members| members.own().0)),
+                node: own,
                 hash_seed: key.as_ref().map_or(random[2], ClusterKey::hash_seed),
-                partition_bits: config.partition_bits,
+                partition_bits: catalogue
+                    .map()
+                    .map_or(config.partition_bits, |map| map.partition_bits),
                 shard_count: config.shard_count(None),
                 created: WallMicros(runtime.wall().0),
                 secret,
                 disk_total: space.total,
-                members,
+                founding,
                 life,
             }
         }
     };
-    match Catalogue::load(disk, dir).await.map_err(text)? {
-        Some(catalogue) => node.set_catalogue(catalogue),
-        None if facts_have_data(&first) => {
-            return Err(format!(
-                "{} is missing, but there is data: restore it from a snapshot",
-                dir.join(crate::namespaces::FILE_NAME).display()
-            ));
-        }
-        None => {
-            let catalogue = Catalogue::new(config.compression);
-            catalogue.save(disk, dir).await.map_err(text)?;
-            node.set_catalogue(catalogue);
-        }
-    }
-    if facts.members.is_some() {
+    node.set_catalogue(catalogue);
+    if facts.founding.is_some() {
         let own = NodeId::from(facts.node);
         let registers = Registers::load(disk, dir, own).await.map_err(text)?;
         let registers = registers.unwrap_or_else(|| Registers::new(own));
@@ -137,7 +147,7 @@ fn refuse_foreign(dir: &Path) -> Result<(), String> {
     let ours = |name: &str| {
         [SECRET_NAME, "SECRET.new", "LOCK", "NAMESPACES", "NAMESPACES.new", LIFE_NAME, "LIFE.new"]
             .contains(&name)
-            || [crate::members::FILE_NAME, crate::members::FILE_NAME_NEW].contains(&name)
+            || [crate::registers::FILE_NAME, crate::registers::FILE_NAME_NEW].contains(&name)
             || name.starts_with("shard-")
             || name == super::desk::SNAPSHOT_DIR
     };
@@ -225,35 +235,50 @@ pub(super) fn random_numbers() -> Result<[u64; 3], String> {
     Ok([number(0), number(8), number(16)])
 }
 
-/// The members of the node's cluster; `None` for a node of its own.
-fn members(node: &Node, dir: &Path, has_data: bool) -> Result<Option<Members>, String> {
+/// What a new directory begins with, and the id of its node: a node of its own, a member that founds
+/// a cluster with the others of its list, or one that joins a living cluster. `kept`: what a start
+/// left that was cut short, after it had become a member.
+fn begin(node: &Node, kept: Option<Catalogue>) -> Result<(Catalogue, OriginId), String> {
     let config = node.config();
-    let kept = Members::load(dir)?;
-    let entries = match (&kept, config.join.as_slice()) {
-        (None, []) => return Ok(None),
-        (Some(kept), []) => kept,
-        (_, given) => given,
-    };
-    let members = Members::resolve(entries, node.peer_address(), config.advertise.as_deref())?;
-    match kept {
-        Some(kept) => members.check_unchanged(&kept, dir)?,
-        None if has_data => {
-            return Err(format!(
-                "{} was made by a node of its own: a node joins with a new directory, and its data \
-                 by `annulus export` and `annulus import`",
-                dir.display()
-            ));
-        }
-        None => members.save(dir)?,
+    let (join, advertise) = (config.join.as_slice(), config.advertise.as_deref());
+    let catalogue = Catalogue::new(config.compression);
+    if join.is_empty() {
+        return Ok((catalogue, OriginId(1)));
     }
-    Ok(Some(members))
+    if let Some(kept) = kept
+        && let Some(map) = kept.map()
+        && let Some(own) = map.members.iter().find(|it| it.info.peer == node.peer_name())
+    {
+        let own = OriginId(own.info.id.0);
+        return Ok((kept, own));
+    }
+    if !Members::names(join, node.peer_address(), advertise) {
+        return super::join::join(node);
+    }
+    let members = Members::resolve(join, node.peer_address(), advertise)?;
+    let key = config.cluster_key(members.digest())?;
+    let nodes = members.nodes().to_vec();
+    let map = ClusterMap::found(key.cluster(), members.digest(), config.partition_bits, nodes);
+    Ok((catalogue.founded(map), OriginId(members.own().0)))
 }
 
-/// Refuses a directory of another cluster or another of its nodes.
+/// Refuses to make a node of its own a member.
+fn check_alone(kept: &Catalogue, config: &Config, dir: &Path) -> Result<(), String> {
+    if kept.map().is_some() || config.join.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "{} was made by a node of its own: a node joins with a new directory, and its data by \
+         `annulus export` and `annulus import`",
+        dir.display()
+    ))
+}
+
+/// Refuses a directory of another cluster, or of a node that is no member any more.
 fn check_member(
     found: &Identity,
     key: &ClusterKey,
-    members: &Members,
+    catalogue: &Catalogue,
     dir: &Path,
 ) -> Result<(), String> {
     if found.cluster != key.cluster() || found.hash_seed != key.hash_seed() {
@@ -262,13 +287,12 @@ fn check_member(
             dir.display()
         ));
     }
-    if found.node.0 != members.own().0 {
+    if catalogue.map().is_some_and(|map| map.member(NodeId(found.node.0)).is_none()) {
         return Err(format!(
-            "{} is that of node {}, but {} is the address of node {}",
+            "{} is that of node {}, which was removed from its cluster and cannot come back: start \
+             with a new --data-dir to join as another",
             dir.display(),
             found.node.0,
-            members.nodes()[members.own().0 as usize - 1].peer,
-            members.own()
         ));
     }
     Ok(())

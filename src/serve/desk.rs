@@ -184,6 +184,10 @@ impl Desk {
                 .await?;
                 Ok(json!({ "deleted": named.name }).to_string().into())
             }
+            // Of a member the pump takes care of it.
+            Command::MembersLeave(_) | Command::MembersReplace(_) => {
+                Err(failed("this node is on its own: nobody can take over what it has"))
+            }
             Command::NsList | Command::NsCreate(_) | Command::NsSet(_) | Command::NsDrop(_) => {
                 self.namespaces(&command).await
             }

@@ -27,7 +27,7 @@ use annulus_cluster::NodeId;
 use annulus_cluster::tracking::PeerShard;
 use annulus_engine::model::{Instant, OriginId};
 use annulus_net::driver::{ClosedBy, ConnId, Connections};
-use annulus_net::peer_connection::{PeerFacts, PeerTarget};
+use annulus_net::peer_connection::{PeerFacts, PeerMember, PeerTarget};
 use annulus_net::wire::peer::PeerRefusal;
 
 use crate::pump::{Lane, LinkDown, Links};
@@ -101,6 +101,8 @@ struct Peer {
     life: u64,
     /// Foreground links that stand.
     up: usize,
+    /// It is no member any more.
+    is_removed: bool,
     /// The last reason told in the log, so that a node that stays away is told of once.
     told: Option<Ended>,
 }
@@ -110,7 +112,7 @@ struct Peer {
 pub(crate) struct LinkSet {
     facts: PeerFacts,
     options: LinkOptions,
-    /// Sorted by node.
+    /// In the order in which they were told of; removed ones stay, for links have their places.
     peers: Vec<Peer>,
     links: Vec<Link>,
     index: BTreeMap<(NodeId, u32, Lane), usize>,
@@ -141,6 +143,7 @@ impl LinkSet {
             shard_count: None,
             life: 0,
             up: 0,
+            is_removed: false,
             told: None,
         };
         let mut peers: Vec<Peer> = peers.iter().map(peer).collect();
@@ -166,6 +169,32 @@ impl LinkSet {
             set.add(peer, own, Lane::Foreground);
         }
         set
+    }
+
+    /// The members are others. Links to new ones are dialled; those to nodes that are none any more
+    /// are not dialled again.
+    pub(crate) fn set_peers(&mut self, members: &[PeerMember], peers: &[PeerAddress]) {
+        self.facts.set_members(members);
+        for PeerAddress { node, address } in peers {
+            if let Some(known) = self.peer(*node) {
+                self.peers[known].address = *address;
+                continue;
+            }
+            self.peers.push(Peer {
+                node: *node,
+                address: *address,
+                shard_count: None,
+                life: 0,
+                up: 0,
+                is_removed: false,
+                told: None,
+            });
+            let own = self.facts.shard;
+            self.add(self.peers.len() - 1, own, Lane::Foreground);
+        }
+        for peer in &mut self.peers {
+            peer.is_removed = !peers.iter().any(|it| it.node == peer.node);
+        }
     }
 
     /// Whether there is no other node.
@@ -287,7 +316,7 @@ impl LinkSet {
     }
 
     fn peer(&self, node: NodeId) -> Option<usize> {
-        self.peers.binary_search_by_key(&node, |peer| peer.node).ok()
+        self.peers.iter().position(|peer| peer.node == node)
     }
 
     fn set_dirty(&mut self, index: usize) {
@@ -393,7 +422,10 @@ impl LinkSet {
             self.lower(peer, lane);
         }
         self.tell(peer, ended);
-        if ended == Ended::Refused(PeerRefusal::Shard) {
+        if self.peers[peer].is_removed {
+            self.links[index].state = State::Gone;
+            self.index.remove(&(self.peers[peer].node, target.shard, lane));
+        } else if ended == Ended::Refused(PeerRefusal::Shard) {
             self.forget(index, target.shard);
         }
     }

@@ -12,6 +12,7 @@
 
 mod claim;
 mod desk;
+mod join;
 mod links;
 mod map;
 mod node;
@@ -115,7 +116,7 @@ pub fn serve(config: Config) -> Result<(), ServeError> {
         }
     };
     let shards = facts.shard_count;
-    let has_peers = facts.members.is_some();
+    let has_peers = facts.founding.is_some();
     node.set_facts(facts, Mesh::new(shards as usize, MESH_CAPACITY));
     for index in 1..shards {
         let listener = listen(client).map_err(ServeError::new)?;
@@ -229,6 +230,10 @@ fn next(
         watch.look(node);
         if let Ok(told) = told.recv_timeout(LOOK_AT_THREADS) {
             return told;
+        }
+        if node.is_removed() {
+            tracing::info!("this node is no member of its cluster any more: it holds nothing, and ends");
+            return Told::Stop;
         }
         if let Some(index) = threads.iter().position(|(_, thread)| thread.is_finished()) {
             // It may have spoken between the two looks.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, RwLock, mpsc as std_mpsc};
 
 use annulus_cluster::NodeId;
@@ -20,7 +20,6 @@ use super::map::ClientFacts;
 use super::vitals::Vitals;
 use crate::admin::Source;
 use crate::config::Config;
-use crate::members::Members;
 use crate::metrics::{DiskLevel, NodeSnapshot, Process, ShardSnapshot};
 use crate::namespaces::Catalogue;
 use crate::pump::Message;
@@ -37,8 +36,8 @@ pub(crate) struct NodeFacts {
     pub(crate) created: WallMicros,
     pub(crate) secret: ContextSecret,
     pub(crate) disk_total: u64,
-    /// The members of its cluster; none for a node of its own.
-    pub(crate) members: Option<Members>,
+    /// Of the list of members that its cluster was founded with; none for a node of its own.
+    pub(crate) founding: Option<u64>,
     /// How often it has started.
     pub(crate) life: u64,
 }
@@ -92,6 +91,8 @@ pub(crate) struct Node {
     /// One a shard, from when their number is known.
     vitals: OnceLock<Vec<Vitals>>,
     state: AtomicU8,
+    /// The node has learned that it is no member of its cluster any more.
+    is_removed: AtomicBool,
     /// Counts changes of state, namespaces and inboxes.
     changes: AtomicU64,
     catalogue: RwLock<Arc<Catalogue>>,
@@ -118,6 +119,7 @@ impl Node {
             facts: OnceLock::new(),
             vitals: OnceLock::new(),
             state: AtomicU8::new(State::Starting as u8),
+            is_removed: AtomicBool::new(false),
             changes: AtomicU64::new(1),
             catalogue: RwLock::new(Arc::new(catalogue)),
             changing: futures_util::lock::Mutex::new(()),
@@ -160,6 +162,17 @@ impl Node {
     /// Where peers reach the node, as it is bound.
     pub(crate) fn peer_address(&self) -> SocketAddr {
         self.peer
+    }
+
+    /// The same as others are told.
+    pub(crate) fn peer_name(&self) -> String {
+        match &self.config.advertise {
+            Some(host) => {
+                let host = host.rsplit_once(':').map_or(host.as_str(), |(host, _)| host);
+                format!("{host}:{}", self.peer.port())
+            }
+            None => self.peer.to_string(),
+        }
     }
 
     /// Where clients reach the node.
@@ -207,6 +220,15 @@ impl Node {
     pub(crate) fn set_state(&self, state: State) {
         self.state.store(state as u8, Ordering::Release);
         self.changed();
+    }
+
+    /// The node is no member any more: it has nothing left to do.
+    pub(super) fn note_removed(&self) {
+        self.is_removed.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_removed(&self) -> bool {
+        self.is_removed.load(Ordering::Acquire)
     }
 
     /// How many changes there have been; a shard looks closer when it differs from last time.

@@ -10,7 +10,7 @@ use std::sync::mpsc;
 
 use annulus_cluster::message::MESSAGE_SIZE_MAX;
 use annulus_cluster::tracking::PeerShard;
-use annulus_cluster::{NodeId, NodeInfo, Topology};
+use annulus_cluster::{NodeId, Topology};
 use annulus_engine::driver::{HostOptions, Ring, RingDisk, ShardRuntime, Turn, drive, host};
 use annulus_engine::identity::Identity;
 use annulus_engine::log::OnDamage;
@@ -96,7 +96,7 @@ pub(crate) async fn run(
         created: facts.created,
     };
     let mut options = node.config().engine_options(facts.shard_count, facts.disk_total)?;
-    options.replicated = facts.members.is_some();
+    options.replicated = facts.founding.is_some();
     let dir = node.config().data_dir.join(dir_name(index as usize));
     let compression = compression_of(&node);
     let on_damage = if node.config().accept_loss { OnDamage::Accept } else { OnDamage::Refuse };
@@ -112,11 +112,11 @@ pub(crate) async fn run(
     let mut sockets = Sockets::new(&ring, listener, limits).map_err(text)?;
     // Held even by a node of its own, so that no other process gets the port.
     let mut peer_listener = peer_listener;
-    if let Some(listener) = peer_listener.take_if(|_| facts.members.is_some()) {
+    if let Some(listener) = peer_listener.take_if(|_| facts.founding.is_some()) {
         sockets.accept_from(listener, Door::Peers);
     }
     let peer_facts = peer_facts(&node, &facts, index);
-    let peers = peers_of(&facts)?;
+    let peers = peers_of(&node, &facts)?;
     let seeds = random_numbers()?;
     let links = LinkSet::new(peer_facts.clone(), &peers, LinkOptions::default(), seeds[0]);
     let incoming = IncomingSet::new(peer_facts, seeds[1]);
@@ -227,10 +227,10 @@ fn compression_of(node: &Arc<Node>) -> annulus_engine::recover::CompressionOf {
 
 /// The other members of the node's cluster, as the pump is told of them.
 fn replication(node: &Node, facts: &NodeFacts) -> Result<Option<ReplicationOptions>, String> {
-    let Some(members) = &facts.members else { return Ok(None) };
-    let (own, nodes) = (members.own(), members.nodes().to_vec());
+    let catalogue = node.catalogue();
+    let Some(map) = catalogue.map() else { return Ok(None) };
     // The namespaces name the numbers of copies as soon as the pump knows them.
-    let topology = Topology::new(own, facts.partition_bits, nodes, [1])
+    let topology = Topology::of_map(NodeId::from(facts.node), map, [1])
         .map_err(|error| format!("no placement for these members: {error:?}"))?;
     let room = node.config().hint_size_max(facts.disk_total) / u64::from(facts.shard_count);
     Ok(Some(ReplicationOptions {
@@ -281,38 +281,41 @@ fn server_facts(node: &Node, facts: &NodeFacts, index: u32) -> ServerFacts {
     }
 }
 
-/// Where the other members are.
-fn peers_of(facts: &NodeFacts) -> Result<Vec<PeerAddress>, String> {
-    let Some(members) = &facts.members else { return Ok(Vec::new()) };
-    let others = members.nodes().iter().filter(|node| node.id != members.own());
-    others
-        .map(|node| {
-            let mut found = node
-                .peer
-                .to_socket_addrs()
-                .map_err(|error| format!("join: {}: {error}", node.peer))?;
-            let address = found.next().ok_or_else(|| format!("join: {}: no address", node.peer))?;
-            Ok(PeerAddress { node: node.id, address })
-        })
-        .collect()
+/// Where the other members are. One whose name is not known is left out, and looked for again with
+/// the next change of members.
+fn peers_of(node: &Node, facts: &NodeFacts) -> Result<Vec<PeerAddress>, String> {
+    let catalogue = node.catalogue();
+    let Some(map) = catalogue.map() else { return Ok(Vec::new()) };
+    let others = map.members.iter().map(|member| &member.info);
+    let mut peers = Vec::new();
+    for other in others.filter(|other| other.id.0 != facts.node.0) {
+        match other.peer.to_socket_addrs().map(|mut found| found.next()) {
+            Ok(Some(address)) => peers.push(PeerAddress { node: other.id, address }),
+            Ok(None) => return Err(format!("{}: no address", other.peer)),
+            Err(error) => return Err(format!("{}: {error}", other.peer)),
+        }
+    }
+    Ok(peers)
+}
+
+/// The other members, as their connections are checked.
+fn peer_members(node: &Node, own: OriginId) -> Vec<PeerMember> {
+    let catalogue = node.catalogue();
+    let members = catalogue.map().map_or(&[][..], |map| &map.members);
+    let ids = members.iter().map(|member| OriginId(member.info.id.0)).filter(|id| *id != own);
+    ids.map(|node| PeerMember { node, life: 0 }).collect()
 }
 
 /// What shards of other nodes are told and asked.
 fn peer_facts(node: &Node, facts: &NodeFacts, shard: u32) -> PeerFacts {
-    let (digest, others) = match &facts.members {
-        Some(members) => (members.digest(), members.nodes()),
-        None => (0, &[][..]),
-    };
-    let member = |other: &NodeInfo| PeerMember { node: OriginId(other.id.0), life: 0 };
-    let others = others.iter().filter(|other| other.id.0 != facts.node.0);
     // A client's largest message may be forwarded; a key's siblings may be as large as two values.
     let value_size_max = (node.config().value_size_max as usize).max(SIBLING_BYTES_MAX);
     PeerFacts {
         cluster: facts.cluster,
         hash_seed: facts.hash_seed,
         partition_bits: u8::try_from(facts.partition_bits).expect("at most 16"),
-        members_digest: digest,
-        members: others.map(member).collect(),
+        members_digest: facts.founding.unwrap_or_default(),
+        members: peer_members(node, facts.node),
         node: facts.node,
         shard,
         shard_count: facts.shard_count,
@@ -546,6 +549,23 @@ impl Served {
         self.pump.set_map(self.map_version, runs, nodes);
     }
 
+    /// Links follow the members.
+    fn follow_members(&mut self) {
+        let Some(facts) = self.node.facts() else { return };
+        if self.catalogue.map().is_none() {
+            return;
+        }
+        if self.pump.is_removed() {
+            return self.node.note_removed();
+        }
+        let members = peer_members(&self.node, facts.node);
+        self.peers.incoming.set_members(&members);
+        match peers_of(&self.node, facts) {
+            Ok(peers) => self.peers.links.set_peers(&members, &peers),
+            Err(what) => tracing::error!(what, "a member cannot be found"),
+        }
+    }
+
     /// Something about the node has changed: namespaces, state, or questions have come.
     fn look_at_changes(&mut self, now: Instant) {
         self.changes = self.node.changes();
@@ -554,6 +574,7 @@ impl Served {
             self.pump.shard().set_dropped_namespaces(catalogue.dropped());
             self.pump.set_catalogue(Rc::new((*catalogue).clone()));
             self.catalogue = catalogue;
+            self.follow_members();
             // The greatest number of copies may be another one.
             self.tell_map();
         }

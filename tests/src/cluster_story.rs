@@ -19,6 +19,8 @@ use crate::troubles::{self, Severity, Trouble};
 const MS: u64 = 1_000_000;
 /// Time from the end of all faults to equal replicas, in nanoseconds.
 const HEALING_NANOS: u64 = 60_000 * MS;
+/// Time for all partitions to come to where they belong, in seconds.
+const SETTLING_SECONDS: u64 = 120;
 /// Time for all nodes to start, in nanoseconds.
 const START_NANOS: u64 = 60_000 * MS;
 
@@ -33,6 +35,8 @@ pub struct ClusterStory {
     pub chapters: u64,
     /// Length of a chapter before healing, in nanoseconds.
     pub nanos: u64,
+    /// Changes of members that are asked for in a chapter.
+    pub changes: u64,
 }
 
 /// What a story was made of.
@@ -94,6 +98,7 @@ impl ClusterStory {
         let options = ClusterOptions {
             seed,
             nodes,
+            spares: 0,
             shards,
             replicas,
             durability,
@@ -115,7 +120,7 @@ impl ClusterStory {
         let calls = chance.between(40, 400);
         let a_call = (options.pause_max * 2 / 5 + 2 * MS) / u64::from(options.clients);
         let nanos = (calls * a_call).clamp(300 * MS, 8_000 * MS);
-        ClusterStory { options, severity, chapters: chance.between(1, 2), nanos }
+        ClusterStory { options, severity, chapters: chance.between(1, 2), nanos, changes: 0 }
     }
 
     /// A story of namespaces that are created and dropped on all nodes at once.
@@ -163,6 +168,24 @@ impl ClusterStory {
         story
     }
 
+    /// A story of nodes that join, leave and are replaced, with all other troubles.
+    #[must_use]
+    pub fn draw_with_members(seed: u64) -> ClusterStory {
+        let mut chance = Chance::new(seed ^ 0x3E3B);
+        let mut story = ClusterStory::draw(seed);
+        let options = &mut story.options;
+        options.nodes = [3, 3, 3, 4, 5][chance.index(5)];
+        options.spares = u32::try_from(chance.between(1, 3)).expect("a few");
+        options.replicas = 3;
+        options.clients = options.clients.min(4);
+        options.pause_max = options.pause_max.max(20 * MS);
+        story.nanos = chance.between(4_000, 14_000) * MS;
+        story.changes = chance.between(1, 4);
+        // A holder of the map that forgets its word still votes: see `cluster/README.md`.
+        story.severity.disks_lost = false;
+        story
+    }
+
     /// Tells it.
     ///
     /// # Errors
@@ -175,7 +198,8 @@ impl ClusterStory {
             if chapter > 0 {
                 cluster.unquiet();
             }
-            let ClusterOptions { nodes, shards, .. } = self.options;
+            let ClusterOptions { nodes, spares, shards, .. } = self.options;
+            let nodes = nodes + spares;
             let mut begin = cluster.now();
             let mut plan = troubles::draw(&mut chance, nodes, shards, self.nanos, self.severity);
             if self.has_registers() {
@@ -186,6 +210,8 @@ impl ClusterStory {
                 plan.push((at, Trouble::Lull(chance.between(3_000, 6_000) * MS)));
                 plan.sort_by_key(|(at, _)| *at);
             }
+            plan.extend(self.draw_changes(&mut chance));
+            plan.sort_by_key(|(at, _)| *at);
             for (at, trouble) in plan {
                 cluster.drive_until(begin.after_nanos(at), |_| false);
                 cluster.note(format!("{trouble:?}"));
@@ -214,35 +240,75 @@ impl ClusterStory {
         self.options.mix.targets.iter().any(|target| target.namespace == REGISTERS)
     }
 
+    /// Changes of members, in the first half, so that there is time for them.
+    fn draw_changes(&self, chance: &mut Chance) -> Vec<(u64, Trouble)> {
+        let mut plan = Vec::new();
+        let nodes = u64::from(self.options.nodes + self.options.spares);
+        for _ in 0..self.changes {
+            let at = chance.below(self.nanos / 2);
+            let node = u32::try_from(chance.below(nodes)).expect("a few");
+            let change = match chance.below(6) {
+                0..=2 => Trouble::Join,
+                3 | 4 => Trouble::Leave(node),
+                _ => Trouble::Replace(node, chance.one_in(2)),
+            };
+            plan.push((at, change));
+        }
+        plan
+    }
+
+    /// Waits until nothing moves any more.
+    fn settle_members(&self, cluster: &mut SimCluster) -> Result<(), String> {
+        if self.options.spares == 0 {
+            return Ok(());
+        }
+        for _ in 0..SETTLING_SECONDS {
+            if cluster.map().is_none_or(|map| map.is_settled()) {
+                return self.start_all(cluster);
+            }
+            // Who was to be started meanwhile is.
+            for node in cluster.member_numbers() {
+                cluster.start(node);
+            }
+            cluster.drive(1_000 * MS);
+        }
+        let what = format!("partitions still move:\n{}", cluster.describe_moves());
+        Err(self.report(cluster, &what, &cluster.violations()))
+    }
+
     fn start_all(&self, cluster: &mut SimCluster) -> Result<(), String> {
-        let nodes = cluster.node_count();
         // One that was stopping, or does not start at once, gets another chance.
         for _ in 0..10 {
-            (0..nodes).for_each(|node| cluster.start(node));
+            cluster.member_numbers().into_iter().for_each(|node| cluster.start(node));
             let until = cluster.now().after_nanos(START_NANOS / 10);
-            let all_up = |cluster: &SimCluster| (0..nodes).all(|node| cluster.is_up(node));
+            let all_up = |cluster: &SimCluster| {
+                cluster.member_numbers().into_iter().all(|node| cluster.is_up(node))
+            };
             if cluster.drive_until(until, all_up) {
                 return Ok(());
             }
         }
-        let down = (0..nodes).filter(|node| !cluster.is_up(*node)).collect::<Vec<_>>();
+        let members = cluster.member_numbers().into_iter();
+        let down = members.filter(|node| !cluster.is_up(*node)).collect::<Vec<_>>();
         Err(self.report(cluster, &format!("nodes {down:?} do not start"), &cluster.violations()))
     }
 
     /// Ends all troubles, waits, reads everything everywhere, and judges.
     fn heal(&self, cluster: &mut SimCluster) -> Result<(), String> {
+        cluster.end_changes();
         cluster.quiet();
         cluster.heal();
         // The power goes during an operation, which may have begun before.
         cluster.drive(self.options.disk_nanos_max);
         self.start_all(cluster)?;
         cluster.drive_until(cluster.settles_at(), |_| false);
+        self.settle_members(cluster)?;
         // Mostly they are equal much earlier.
         let begin = cluster.now();
         let mut differences = Vec::new();
         for millis in [2_000, 4_000, 8_000, 16_000, 30_000] {
             cluster.drive(millis * MS);
-            if let Some(node) = (0..cluster.node_count()).find(|node| !cluster.is_up(*node)) {
+            if let Some(node) = cluster.member_numbers().into_iter().find(|node| !cluster.is_up(*node)) {
                 let what = format!("node {node} ended although nothing was wrong with it");
                 return Err(self.report(cluster, &what, &cluster.violations()));
             }

@@ -66,6 +66,12 @@ pub enum Trouble {
     Disk(u32, u32, Rule),
     /// A shard's disk is well again.
     HealDisk(u32, u32),
+    /// A node that is no member yet joins.
+    Join,
+    /// The node leaves.
+    Leave(u32),
+    /// The node is given up, and dies if that is said.
+    Replace(u32, bool),
 }
 
 /// How much of what happens.
@@ -215,6 +221,14 @@ impl Trouble {
             Trouble::Flush(node, shard) => cluster.flush(*node, *shard),
             Trouble::Disk(node, shard, rule) => cluster.trouble_disk(*node, *shard, rule.clone()),
             Trouble::HealDisk(node, shard) => cluster.heal_disk(*node, *shard),
+            Trouble::Join => cluster.join_next(),
+            Trouble::Leave(node) => cluster.leave(*node),
+            Trouble::Replace(node, dies) => {
+                if *dies {
+                    cluster.crash(*node);
+                }
+                cluster.replace(*node);
+            }
         }
     }
 }

@@ -20,6 +20,7 @@ fn started(seed: u64, nodes: u32) -> SimCluster {
     let mut cluster = SimCluster::new(&ClusterOptions {
         seed,
         nodes,
+        spares: 0,
         shards: SHARDS,
         replicas: u8::try_from(nodes.min(3)).expect("at most three"),
         durability: Durability::Sync,

@@ -19,6 +19,7 @@ fn cluster(primary: Level) -> SimCluster {
     let mut cluster = SimCluster::new(&ClusterOptions {
         seed: 34,
         nodes: NODES,
+        spares: 0,
         shards: 1,
         replicas: 3,
         durability: Durability::Sync,

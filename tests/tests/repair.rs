@@ -38,6 +38,7 @@ fn cluster() -> SimCluster {
     let mut cluster = SimCluster::new(&ClusterOptions {
         seed: 11,
         nodes: 3,
+        spares: 0,
         shards: 1,
         replicas: 3,
         durability: Durability::Sync,

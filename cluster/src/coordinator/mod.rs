@@ -37,7 +37,7 @@ pub use health::{Health, Standing};
 pub use quorum::{Acks, Defaults, Preset, Requirement};
 pub use read::{Freshness, ReadFacts, ReadOp, digest};
 pub use table::OpId;
-pub use write::WriteOp;
+pub use write::{OtherHomes, WriteOp};
 
 use crate::member::NodeId;
 use health::Verb;
@@ -162,6 +162,21 @@ impl<P> Coordinator<P> {
         primaries: &[NodeId],
         fallbacks: &[NodeId],
     ) -> Result<WriteOp, Refusal> {
+        self.plan_write_to_both(now, requirement, primaries, None, fallbacks)
+    }
+
+    /// The same while the key's partition moves. See [`WriteOp::plan_both`].
+    ///
+    /// # Errors
+    /// As [`Coordinator::plan_write`].
+    pub fn plan_write_to_both(
+        &mut self,
+        now: Instant,
+        requirement: Requirement,
+        primaries: &[NodeId],
+        other: Option<OtherHomes<'_>>,
+        fallbacks: &[NodeId],
+    ) -> Result<WriteOp, Refusal> {
         self.admit()?;
         let health = &self.health;
         let mut roomy = Inline::<NodeId, PLACES_MAX>::new(self.me);
@@ -170,17 +185,18 @@ impl<P> Coordinator<P> {
         }
         let all_fallbacks = fallbacks;
         let fallbacks = &roomy[..];
-        let plan = WriteOp::plan(requirement, self.me, primaries, fallbacks, |node| {
-            health.is_healthy(node)
-        });
+        let plan_among = |fallbacks: &[NodeId], may: &dyn Fn(NodeId) -> bool| {
+            WriteOp::plan_both(requirement, self.me, primaries, other, fallbacks, may)
+        };
+        let plan = plan_among(fallbacks, &|node| health.is_healthy(node));
         let Err(refusal) = plan else { return plan };
         let is_there = |node| health.standing(node) != Standing::Down;
-        if WriteOp::plan(requirement, self.me, primaries, fallbacks, is_there).is_ok() {
+        if plan_among(fallbacks, &is_there).is_ok() {
             self.counters.busy += 1;
             return Err(too_much_to_do());
         }
         self.counters.writes_unavailable += 1;
-        if WriteOp::plan(requirement, self.me, primaries, all_fallbacks, is_there).is_ok() {
+        if plan_among(all_fallbacks, &is_there).is_ok() {
             let what = "too few home replicas can be reached, and those that stand in are full";
             return Err(unavailable(what));
         }

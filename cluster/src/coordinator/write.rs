@@ -47,7 +47,31 @@ struct Place {
     /// Microseconds after the operation began.
     sent_us: u32,
     is_primary: bool,
+    /// Among the other homes of a partition that moves.
+    is_other: bool,
     state: State,
+}
+
+impl Place {
+    /// Whether it counts for the homes that reads ask: one that is no home stands in for any.
+    fn counts_here(&self) -> bool {
+        self.is_primary || !self.is_other
+    }
+
+    /// Whether it counts for the other homes.
+    fn counts_there(&self) -> bool {
+        self.is_other || !self.is_primary
+    }
+}
+
+/// The other homes of a key whose partition moves: a write must come to them as well, each level
+/// of it, so that a read that asks them later sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OtherHomes<'a> {
+    /// Who.
+    pub homes: &'a [NodeId],
+    /// What must come together among them.
+    pub requirement: Requirement,
 }
 
 /// What to do now.
@@ -63,10 +87,12 @@ pub enum Decision {
     Also(NodeId),
 }
 
-/// See the module. 200 bytes and no pointers.
+/// See the module. 300 bytes and no pointers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WriteOp {
     requirement: Requirement,
+    /// Of the other homes, while the partition moves.
+    other: Option<Requirement>,
     is_answered: bool,
     /// This server first, then the other home replicas, then those that may stand in.
     places: Inline<Place, PLACES_MAX>,
@@ -88,7 +114,26 @@ impl WriteOp {
         fallbacks: &[NodeId],
         is_healthy: impl Fn(NodeId) -> bool,
     ) -> Result<WriteOp, Refusal> {
-        let place = |node, is_primary, state| Place { node, sent_us: 0, is_primary, state };
+        WriteOp::plan_both(requirement, me, primaries, None, fallbacks, is_healthy)
+    }
+
+    /// The same while the partition moves: every healthy one of the other homes is a target too.
+    ///
+    /// # Errors
+    /// As [`WriteOp::plan`].
+    pub fn plan_both(
+        requirement: Requirement,
+        me: NodeId,
+        primaries: &[NodeId],
+        other: Option<OtherHomes<'_>>,
+        fallbacks: &[NodeId],
+        is_healthy: impl Fn(NodeId) -> bool,
+    ) -> Result<WriteOp, Refusal> {
+        let others = other.map_or(&[][..], |other| other.homes);
+        let place = |node, is_primary, state| {
+            let is_other = others.contains(&node);
+            Place { node, sent_us: 0, is_primary, is_other, state }
+        };
         let is_home = primaries.contains(&me);
         if !is_home && !requirement.sloppy {
             return Err(unavailable("no home replica of the key can be reached"));
@@ -101,6 +146,10 @@ impl WriteOp {
             targets += u8::from(state == State::Waiting);
             places.push(place(*node, true, state));
         }
+        for node in others.iter().filter(|node| **node != me && !primaries.contains(node)) {
+            let state = if is_healthy(*node) { State::Waiting } else { State::Spare };
+            places.push(place(*node, false, state));
+        }
         for node in fallbacks.iter().filter(|_| requirement.sloppy) {
             if places.iter().any(|place| place.node == *node) {
                 continue;
@@ -110,8 +159,13 @@ impl WriteOp {
             let state = if is_target { State::Waiting } else { State::Spare };
             places.push(place(*node, false, state));
         }
-        let op = WriteOp { requirement, is_answered: false, places };
+        let other = other.map(|other| other.requirement);
+        let op = WriteOp { requirement, other, is_answered: false, places };
         let hoped = op.hoped();
+        if !op.may_be_met_there() {
+            let what = "too few of the homes that the key moves to or from can be reached";
+            return Err(unavailable(what));
+        }
         if hoped.primary < requirement.primary {
             return Err(unavailable("too few home replicas of the key can be reached"));
         }
@@ -143,7 +197,7 @@ impl WriteOp {
         }
         place.state = state;
         let acks = self.acks();
-        if self.is_answered || !self.requirement.is_met(acks) {
+        if self.is_answered || !self.requirement.is_met(acks) || !self.is_met_there() {
             return Decision::Wait;
         }
         self.is_answered = true;
@@ -171,7 +225,8 @@ impl WriteOp {
             place.node
         });
         let hoped = self.hoped();
-        if !self.requirement.may_be_met(hoped.total, hoped.primary) {
+        let may_be_met = self.requirement.may_be_met(hoped.total, hoped.primary);
+        if !may_be_met || !self.may_be_met_there() {
             // Nobody is asked in vain.
             if let Some(place) = also.and_then(|node| self.place(node)) {
                 place.state = State::Spare;
@@ -202,25 +257,45 @@ impl WriteOp {
     /// Who has it so far.
     #[must_use]
     pub fn acks(&self) -> Acks {
-        let count = |counts: fn(&Place) -> bool| {
-            let has_it = |place: &&Place| matches!(place.state, State::Accepted | State::Durable);
-            let count = self.places.iter().filter(has_it).filter(|place| counts(place)).count();
-            u8::try_from(count).expect("at most PLACES_MAX")
-        };
-        Acks {
-            total: count(|_| true),
-            primary: count(|place| place.is_primary),
-            durable: count(|place| place.state == State::Durable),
+        self.acks_of(Place::counts_here, |place| place.is_primary)
+    }
+
+    fn acks_of(&self, counts: fn(&Place) -> bool, is_home: fn(&Place) -> bool) -> Acks {
+        let mut acks = Acks::default();
+        let has_it = |place: &&Place| matches!(place.state, State::Accepted | State::Durable);
+        for place in self.places.iter().filter(has_it).filter(|place| counts(place)) {
+            acks.total += 1;
+            acks.primary += u8::from(is_home(place));
+            acks.durable += u8::from(place.state == State::Durable);
         }
+        acks
+    }
+
+    /// Whether enough of the other homes have it, if there are any.
+    fn is_met_there(&self) -> bool {
+        self.other.is_none_or(|other| {
+            other.is_met(self.acks_of(Place::counts_there, |place| place.is_other))
+        })
+    }
+
+    fn may_be_met_there(&self) -> bool {
+        self.other.is_none_or(|other| {
+            let hoped = self.hoped_of(Place::counts_there, |place| place.is_other);
+            other.may_be_met(hoped.total, hoped.primary)
+        })
     }
 
     /// Who may have it in the end, of those it was sent to.
     fn hoped(&self) -> Acks {
+        self.hoped_of(Place::counts_here, |place| place.is_primary)
+    }
+
+    fn hoped_of(&self, counts: fn(&Place) -> bool, is_home: fn(&Place) -> bool) -> Acks {
         let mut hoped = Acks::default();
-        for place in self.places.iter() {
-            let counts = !matches!(place.state, State::Spare | State::Failed);
-            hoped.total += u8::from(counts);
-            hoped.primary += u8::from(counts && place.is_primary);
+        let may = |place: &&Place| !matches!(place.state, State::Spare | State::Failed);
+        for place in self.places.iter().filter(may).filter(|place| counts(place)) {
+            hoped.total += 1;
+            hoped.primary += u8::from(is_home(place));
         }
         Acks { durable: hoped.total, ..hoped }
     }

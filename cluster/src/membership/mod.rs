@@ -159,8 +159,8 @@ struct Racks {
 
 impl Racks {
     fn of(&self, node: NodeId) -> u16 {
-        let at = self.of.binary_search_by_key(&node, |it| it.0).expect("a member");
-        self.of[at].1
+        // One that has left since is in a rack of its own.
+        self.of.binary_search_by_key(&node, |it| it.0).map_or(u16::MAX, |at| self.of[at].1)
     }
 
     fn are_several_alive(&self) -> bool {
@@ -223,6 +223,32 @@ impl Membership {
             figures: Figures::default(),
             options,
         }
+    }
+
+    /// The members are these from now on, this node among them. What is believed of those who stay,
+    /// and what this node has said of itself, stays.
+    ///
+    /// # Panics
+    /// When this node is not among them.
+    pub fn set_members(&mut self, now: Instant, members: &[NodeInfo]) {
+        let own = self.own();
+        let (life, chance) = (self.rows[self.own].incarnation >> 32, self.chance.clone());
+        let mut next = Membership::new(now, own, life, members, self.options, chance);
+        for at in 0..next.rows.len() {
+            if let Some(known) = self.find(next.rows[at].node) {
+                next.rows[at] = self.rows[known].clone();
+            }
+            if matches!(next.rows[at].state, State::Suspect(_)) {
+                next.suspects.push(at);
+            }
+            if !next.rows[at].is_alive() {
+                next.count_alive(at, true);
+            }
+        }
+        next.prober.go_on_from(&self.prober);
+        next.figures = self.figures;
+        next.note_ends();
+        *self = next;
     }
 
     /// What this node says about itself from now on. Greater epochs are told to all at once.

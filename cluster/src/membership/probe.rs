@@ -85,6 +85,14 @@ pub(super) struct Prober {
 }
 
 impl Prober {
+    /// The members are others: what this node knows of itself stays, and numbers go on.
+    pub(super) fn go_on_from(&mut self, before: &Prober) {
+        self.next_id = before.next_id + 1;
+        (self.health, self.silent, self.heard) = (before.health, before.silent, before.heard);
+        (self.answers, self.answered) = (before.answers, before.answered);
+        self.next_probe = before.next_probe;
+    }
+
     pub(super) fn new(
         now: Instant,
         life: u64,

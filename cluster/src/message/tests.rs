@@ -226,6 +226,7 @@ impl Parts {
                 version: long1,
                 hlc: Timestamp(long2),
                 hint_floor: Timestamp(long3),
+                epoch,
                 entries: self.pairs.iter().map(entry).collect(),
                 full: self.choice & 1 == 0,
             },
@@ -315,6 +316,12 @@ impl Parts {
             },
             19 => PeerMessage::Gossip { is_answer: self.choice & 1 == 0, gossip: self.gossip() },
             20 => PeerMessage::Room { is_left: self.choice & 1 == 0 },
+            21 => PeerMessage::Moving {
+                generation: epoch,
+                confirmed: index,
+                is_empty: self.choice & 1 == 0,
+                ready: vec![PartitionId(epoch & 0xffff); 2],
+            },
             _ => PeerMessage::ProbeDone {
                 id,
                 sent_wall_us: long1,

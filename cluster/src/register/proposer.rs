@@ -37,6 +37,13 @@ pub trait Change {
 
     /// What becomes of the state.
     fn apply(&mut self, current: &State) -> Applied<Self::Reply>;
+
+    /// The holders of the register that this state names: a majority of each group must agree.
+    /// `None`: those that the proposer was given.
+    fn voters(&self, state: &State) -> Option<Vec<Vec<NodeId>>> {
+        let _ = state;
+        None
+    }
 }
 
 /// What a change makes of a state.
@@ -171,8 +178,12 @@ struct Round<R> {
 
 /// See the module.
 pub struct Proposer<C: Change> {
+    /// All holders, by id.
     acceptors: Vec<NodeId>,
-    pub(super) quorum: usize,
+    /// A majority of each must agree; while holders change there are two.
+    groups: Vec<Vec<NodeId>>,
+    /// Fewer than a majority of a group, where a test wants to see what comes of that.
+    pub(super) quorum: Option<usize>,
     source: BallotSource,
     options: ProposerOptions,
     chance: u64,
@@ -202,7 +213,8 @@ impl<C: Change> Proposer<C> {
         options: ProposerOptions,
     ) -> Proposer<C> {
         Proposer {
-            quorum: majority(acceptors.len()),
+            groups: vec![acceptors.clone()],
+            quorum: None,
             acceptors,
             source,
             options,
@@ -220,6 +232,33 @@ impl<C: Change> Proposer<C> {
     #[must_use]
     pub fn acceptors(&self) -> &[NodeId] {
         &self.acceptors
+    }
+
+    /// Others hold the register from now on. A round that is under way begins again with them.
+    pub fn set_voters(&mut self, moment: Moment, groups: Vec<Vec<NodeId>>) {
+        if self.take_voters(groups) && self.round.take().is_some() {
+            self.waits_until = Some(moment.now);
+        }
+    }
+
+    /// Whether they are others. What was promised before is nothing to them.
+    fn take_voters(&mut self, groups: Vec<Vec<NodeId>>) -> bool {
+        if groups == self.groups || groups.iter().all(Vec::is_empty) {
+            return false;
+        }
+        self.acceptors = groups.iter().flatten().copied().collect();
+        self.acceptors.sort_unstable();
+        self.acceptors.dedup();
+        (self.groups, self.promised) = (groups, None);
+        true
+    }
+
+    /// Whether these are enough: a majority of each group.
+    fn is_quorum(&self, agreed: &[NodeId]) -> bool {
+        self.groups.iter().all(|group| {
+            let count = group.iter().filter(|node| agreed.contains(node)).count();
+            count >= self.quorum.unwrap_or(majority(group.len()))
+        })
     }
 
     /// How often a round was overruled.
@@ -267,7 +306,6 @@ impl<C: Change> Proposer<C> {
         result: PrepareResult,
         out: &mut Vec<ProposerAction<C::Reply>>,
     ) {
-        let quorum = self.quorum;
         let Some(round) = self.round_of(from, ballot) else { return };
         let Phase::Prepare { best, is_unanimous } = &mut round.phase else { return };
         let (accepted, state) = match result {
@@ -282,12 +320,21 @@ impl<C: Change> Proposer<C> {
             *best = Some((accepted, state));
         }
         round.agreed.push(from);
-        if round.agreed.len() < quorum {
+        let agreed = round.agreed.clone();
+        if !self.is_quorum(&agreed) {
             return;
         }
+        let Some(round) = &mut self.round else { return };
+        let Phase::Prepare { best, is_unanimous } = &mut round.phase else { return };
         let is_chosen = *is_unanimous;
         let current = best.take().map(|(_, state)| state).unwrap_or_default();
         self.note_answers();
+        let named = self.queue.front().and_then(|pending| pending.change.voters(&current));
+        if named.is_some_and(|named| self.take_voters(named)) {
+            // Others hold it by now, and they may know of later changes.
+            self.round = None;
+            return self.begin(moment, out);
+        }
         self.propose(moment, ballot, Rc::new(current), is_chosen, out);
     }
 
@@ -300,7 +347,6 @@ impl<C: Change> Proposer<C> {
         result: AcceptResult,
         out: &mut Vec<ProposerAction<C::Reply>>,
     ) {
-        let quorum = self.quorum;
         let Some(round) = self.round_of(from, ballot) else { return };
         if !matches!(round.phase, Phase::Accept { .. }) {
             return;
@@ -309,13 +355,18 @@ impl<C: Change> Proposer<C> {
             return self.overruled(moment, from, seen);
         }
         round.agreed.push(from);
-        if round.agreed.len() < quorum {
+        let agreed = round.agreed.clone();
+        if !self.is_quorum(&agreed) {
             return;
         }
         self.note_answers();
         let round = self.round.take().expect("it was found above");
         let Phase::Accept { next, state, purpose } = round.phase else { return };
         self.promised = Some((next, Rc::clone(&state)));
+        // What was accepted by the holders of before and of now is followed by those of now.
+        if let Some(named) = self.queue.front().and_then(|it| it.change.voters(&state)) {
+            self.take_voters(named);
+        }
         let outcome = self.accepted(purpose, state);
         self.finish(moment, outcome, out);
     }
@@ -390,6 +441,14 @@ impl<C: Change> Proposer<C> {
                 }
             },
         };
+        // A state that names other holders is accepted by them as well as by those of before.
+        if let Some(named) = self.queue.front().and_then(|it| it.change.voters(&state))
+            && named.iter().any(|group| !self.groups.contains(group))
+        {
+            let mut groups = self.groups.clone();
+            groups.extend(named.into_iter().filter(|group| !self.groups.contains(group)));
+            self.take_voters(groups);
+        }
         // What a majority has accepted last needs no second acceptance to be told.
         let is_told = is_chosen && !matches!(purpose, Purpose::Made(by) if by == ballot);
         if is_told {
@@ -470,14 +529,15 @@ impl<C: Change> Proposer<C> {
     /// An acceptor has refused. The others may still be enough.
     fn overruled(&mut self, moment: Moment, from: NodeId, seen: Ballot) {
         self.source.observe(seen);
-        let most = self.acceptors.len() - self.quorum;
         let patient = moment.now.after_nanos(self.options.patience_nanos);
         let Some(round) = &mut self.round else { return };
         if !round.refused.contains(&from) {
             round.refused.push(from);
         }
         round.give_up_at.get_or_insert(patient);
-        if round.refused.len() > most {
+        let left: Vec<NodeId> =
+            self.acceptors.iter().copied().filter(|it| !round.refused.contains(it)).collect();
+        if !self.is_quorum(&left) {
             self.back_off(moment.now);
         }
     }

@@ -131,7 +131,7 @@ impl World {
         let options = ProposerOptions::default();
         let mut proposer = Proposer::new(acceptors, source, seed, options);
         if self.broken == Broken::Majorities {
-            proposer.quorum -= 1;
+            proposer.quorum = Some(majority(proposer.acceptors().len()) - 1);
         }
         let clock = match self.below(3) {
             0 => Clock::Stopped(0),

@@ -38,6 +38,8 @@ pub(super) struct Told {
     clock: Timestamp,
     /// All own writes stamped at or below this are in the lines.
     promise: Timestamp,
+    /// All that was taken in before this map was confirmed is in the lines.
+    epoch: u32,
 }
 
 /// The state of one moment; others may know it once the log is durable up to `position`.
@@ -79,14 +81,16 @@ impl Tracking {
     /// it was taken in.
     fn look_at_log(&mut self, replica: &impl Replica) {
         let visible = replica.visible();
-        if let Some((_, clock)) = self.mark.take_if(|mark| mark.0 <= visible) {
-            self.visible = clock;
+        if let Some((_, clock, epoch)) = self.mark.take_if(|mark| mark.0 <= visible) {
+            (self.visible, self.visible_epoch) = (clock, epoch);
         }
         let appended = replica.appended();
         let clock = replica.clock();
         match self.mark {
-            None if appended <= visible => self.visible = clock,
-            None => self.mark = Some((appended, clock)),
+            None if appended <= visible => {
+                (self.visible, self.visible_epoch) = (clock, self.epoch);
+            }
+            None => self.mark = Some((appended, clock, self.epoch)),
             Some(_) => {}
         }
     }
@@ -107,7 +111,7 @@ impl Tracking {
         let Options { announce_every, announce_line, announce_every_max, .. } = self.options;
         self.announce_pause = announce_every.max((announce_line * lines).min(announce_every_max));
         let position = replica.visible();
-        let told = Told { clock: self.visible, promise };
+        let told = Told { clock: self.visible, promise, epoch: self.visible_epoch };
         self.snapshot = Some(Snapshot { position, told, candidates, has_begun: false });
     }
 
@@ -169,7 +173,7 @@ impl Tracking {
     }
 
     /// Tells everybody again about a partition: somebody new listens.
-    fn repeat(&mut self, partition: PartitionId) {
+    pub(super) fn repeat(&mut self, partition: PartitionId) {
         if self.local(partition).is_some_and(|local| local.announced.version > 0) {
             let version = self.next_version(partition);
             self.local_mut(partition).expect("just seen").announced.version = version;
@@ -243,6 +247,7 @@ impl Tracking {
             version,
             hlc: of_round(told.clock),
             hint_floor: of_round(told.promise),
+            epoch: if is_last { told.epoch } else { 0 },
             entries: lines.iter().map(line).collect(),
             full: base_version == 0,
         };
@@ -269,7 +274,7 @@ impl Tracking {
             return Err(BadTrack::Stranger(from));
         }
         match message {
-            PeerMessage::Track { base_version, version, hlc, hint_floor, entries, full } => {
+            PeerMessage::Track { base_version, version, hlc, hint_floor, epoch, entries, full } => {
                 let entries = self.read_entries(from, entries)?;
                 let base = if *full { 0 } else { *base_version };
                 let Some(has) = self.take_round(now, from, base, *version, entries, replica) else {
@@ -280,6 +285,11 @@ impl Tracking {
                     // Zero in all but the last message of a round.
                     peer.clock = peer.clock.max(*hlc);
                     peer.promise = peer.promise.max(*hint_floor);
+                    if *epoch > peer.epoch {
+                        peer.epoch = *epoch;
+                        // Completeness may wait for it.
+                        self.dirty.extend(self.unsettled.iter().copied());
+                    }
                 }
                 out(from, &PeerMessage::TrackDone { version: has, hlc: replica.clock() });
             }

@@ -11,7 +11,7 @@ use std::ops::Bound;
 use annulus_engine::model::seen::SeenSet;
 use annulus_engine::model::{Instant, PartitionId};
 
-use super::{Peer, PeerShard, Replica, Tracking, origin_of};
+use super::{Peer, PeerShard, Replica, Shared, Tracking, origin_of};
 use crate::member::NodeId;
 
 /// Partitions that one search looks at: some 50 us, which a request may have to wait for.
@@ -40,6 +40,13 @@ impl CatchUp {
     fn next_waiting(&self) -> Option<PartitionId> {
         let mut after = self.waiting.range((Bound::Excluded(self.last), Bound::Unbounded));
         after.next().or_else(|| self.waiting.first()).copied()
+    }
+
+    /// Holders have changed: who has become one may lack everything.
+    pub(super) fn look_again(&mut self, shared: &Shared) {
+        let new = shared.moves.here_from.keys().copied();
+        self.waiting.extend(new);
+        self.searched_at = None;
     }
 }
 
@@ -108,6 +115,11 @@ impl Tracking {
             }
             let Some(partition) = self.catch_up.next_waiting() else { break };
             self.catch_up.last = partition;
+            if !self.is_holder(partition) {
+                // It was one, before the partition moved.
+                self.catch_up.waiting.remove(&partition);
+                continue;
+            }
             if !self.is_due(now, partition, replica)
                 || self.catch_up.under_way.contains_key(&partition)
             {
@@ -160,8 +172,18 @@ impl Tracking {
             let failed = self.catch_up.failed.get(&(partition, node));
             failed.is_some_and(|failed| now < failed.until)
         };
+        let old_homes = self.shared.moves.here_from.get(&partition);
+        let held_since = self.local(partition).map_or(0, |local| local.held_since);
         let candidates = self.others(partition).filter_map(|(node, peer)| {
             let entry = peer.entries.get(&partition)?;
+            // Who does not know this node as a home gives it none of what homes have.
+            if peer.epoch < held_since {
+                return None;
+            }
+            // What a stand-in keeps may have been deleted, and the tombstone be gone.
+            if old_homes.is_some_and(|homes| !homes.contains(&node)) {
+                return None;
+            }
             let lacked = seen.lacked(&entry.seen);
             if lacked == 0 || !is_up(node) || is_waiting(node) {
                 return None;
@@ -262,7 +284,9 @@ impl Tracking {
     /// not while it has a gap, nor as a guest that has dropped or lost some that others have.
     #[must_use]
     pub fn may_write_siblings(&self, partition: PartitionId, replica: &impl Replica) -> bool {
+        let has_all =
+            self.is_holder(partition) && !self.shared.moves.here_from.contains_key(&partition);
         !replica.has_gap(partition)
-            && (self.is_holder(partition) || self.is_own_among(partition, &replica.seen(partition)))
+            && (has_all || self.is_own_among(partition, &replica.seen(partition)))
     }
 }

@@ -52,15 +52,44 @@ impl Tracking {
         seen: &SeenSet,
         promise: Timestamp,
     ) -> Timestamp {
-        let bounds =
-            self.others(partition).map(|(node, peer)| self.bound(partition, seen, node, peer));
-        bounds.fold(promise, Timestamp::min)
+        let since = match self.local(partition) {
+            Some(local) if local.holders.contains(&self.own) => local.held_since,
+            _ => 0,
+        };
+        let bounds = self.others(partition).map(|(node, peer)| match peer.epoch < since {
+            true => Timestamp::ZERO,
+            false => self.bound(partition, seen, node, peer),
+        });
+        bounds.fold(promise, Timestamp::min).min(self.bound_of_removed(partition, seen))
+    }
+
+    /// Up to which stamp all writes of origins that are no members any more are in a replica that
+    /// has `seen`. None comes from them since all members have confirmed that they are gone; what
+    /// members have of theirs they have announced then.
+    fn bound_of_removed(&self, partition: PartitionId, seen: &SeenSet) -> Timestamp {
+        let removed_at = self.shared.moves.removed_at;
+        if removed_at == 0 {
+            return Timestamp::MAX;
+        }
+        let bound = |peer: &Peer| {
+            if peer.epoch < removed_at {
+                return Timestamp::ZERO;
+            }
+            let lacked = peer.entries.get(&partition).and_then(|entry| seen.lacks(&entry.seen));
+            lacked.unwrap_or(Timestamp::MAX)
+        };
+        let bounds = self.others(partition).map(|(_, peer)| bound(peer));
+        bounds.fold(Timestamp::MAX, Timestamp::min)
     }
 
     /// Every write that a holder coordinated and stamped at or below this is in the replica:
     /// every one acknowledged with PW >= 1. For the answer to a read.
     #[must_use]
     pub fn as_of(&self, partition: PartitionId, replica: &impl Replica) -> Timestamp {
+        if self.shared.moves.have_changed {
+            // A holder of before may have acknowledged what the holders of now do not know of.
+            return self.complete(partition, replica);
+        }
         let Some(local) = self.local(partition) else { return Timestamp::ZERO };
         self.others_as_of(partition, local, replica)
             .min(self.own_promise(replica))

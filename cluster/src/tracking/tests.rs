@@ -91,6 +91,7 @@ fn shared(count: u32, holders: u32) -> Shared {
         members: (1..=count).map(|node| (NodeId(node), 1)).collect(),
         first: P,
         holders: vec![(1..=holders).map(NodeId).collect()],
+        moves: Moves::default(),
     }
 }
 
@@ -400,6 +401,7 @@ fn a_large_state_travels_in_messages_of_bounded_size() {
             members: (1..=2).map(|node| (NodeId(node), 1)).collect(),
             first: P,
             holders: vec![vec![NodeId(1), NodeId(2)]; count],
+            moves: Moves::default(),
         };
         Tracking::new(NodeId(own), 1, Options::default(), shared)
     };
@@ -491,6 +493,7 @@ fn bad_announcements_are_refused_whole() {
         version: 1 << 40,
         hlc: Timestamp(9),
         hint_floor: Timestamp(9),
+        epoch: 0,
         entries,
         full: true,
     };

@@ -14,6 +14,7 @@
 
 use std::collections::BTreeSet;
 
+use annulus_cluster::moves::MemberState;
 use annulus_cluster::tracking::PeerShard;
 use annulus_cluster::{NodeId, NodeInfo};
 use annulus_engine::disk::Disk;
@@ -30,6 +31,7 @@ use futures_channel::oneshot;
 use crate::commands::{
     Command, Copies, MemberFacts, MemberStatus, Replica, RingQuery, RingReply, StatusReply,
 };
+use crate::member_commands::is_for_clients;
 use crate::namespaces::DEFAULT_NAME;
 use crate::pump::{Answer, Done, Origin, Pump, ShardMap, Wires};
 
@@ -62,7 +64,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return Err(origin);
         }
         match command {
-            _ if changes_namespaces(command) => {
+            _ if changes_namespaces(command) || is_for_clients(command) => {
                 self.change_namespaces(origin, deadline, command, arguments);
                 Ok(())
             }
@@ -142,6 +144,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             .filter_map(|node| Some((node.0, self.ask_member(*node, deadline, "status", "{}")?)))
             .collect();
         let own = self.desk.begin("status", "{}");
+        let partitions_left = self.catalogue.map().map_or(0, |map| map.partitions_left());
         self.spawn(async move {
             let own = match own.await {
                 Ok(own) => own,
@@ -157,7 +160,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
             }
             let reply = serde_json::from_slice::<StatusReply>(&own)
-                .map(|own| own.with_members(&members, &told))
+                .map(|own| StatusReply { partitions_left, ..own.with_members(&members, &told) })
                 .and_then(|status| serde_json::to_vec(&status))
                 .map_err(|error| (Status::FAILED, error.to_string()));
             Done::Admin { origin, reply }
@@ -186,6 +189,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 rack: node.rack.clone(),
                 weight: crate::members::percent(node.weight),
                 partitions,
+                changing: self
+                    .catalogue
+                    .map()
+                    .and_then(|map| map.member(node.id))
+                    .filter(|member| member.state != MemberState::Up)
+                    .map(|member| member.state.name()),
                 gossip: replication.gossip.view(node.id).copied(),
             }
         };

@@ -11,7 +11,7 @@
 
 use annulus_cluster::NodeId;
 use annulus_cluster::coordinator::{
-    Acks, Action, Defaults, Failure as Lack, Finished, Freshness, Moment, OpId, Outcome as Ended,
+    Acks, Action, Defaults, Failure as Lack, Finished, Freshness, Moment, OpId, OtherHomes, Outcome as Ended,
     ReadRequest, Requirement, WriteOp,
 };
 use annulus_cluster::message::{PeerMessage, ReadResult, Want, WriteResult};
@@ -27,6 +27,7 @@ use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::{Applied, Found, Mutation, Outcome, Probe, Shard};
 use annulus_net::wire::fields::{OperationFlags, Version};
 use annulus_net::wire::operation::{Get, Operation as Request};
+use annulus_net::wire::request::Refusal;
 use annulus_net::wire::response::{Failure, ReadFacts, WriteFacts};
 use annulus_net::wire::status::Status;
 
@@ -35,7 +36,7 @@ use super::forward::micros_until;
 use super::keys::Keys;
 use super::standin::NoRoom;
 use super::trace::Trace;
-use super::{EPOCH, Letter};
+use super::Letter;
 use crate::namespaces::{Availability, Mode, Namespace};
 use crate::pump::admission::Place;
 use crate::pump::execute::{Target, failure_of, sign, with_values};
@@ -53,6 +54,8 @@ pub(super) struct Operation {
     origin: Origin,
     token: Token,
     namespace: NamespaceId,
+    /// Of the map by which its replicas were chosen.
+    epoch: u32,
     what: What,
     /// What happened so far, if the client wants to know.
     pub(super) trace: Option<Box<Trace>>,
@@ -78,6 +81,8 @@ pub(in crate::pump) struct OwnWrite {
     /// Its place among those that wait.
     task: u64,
     plan: WriteOp,
+    /// Of the map by which it was planned.
+    epoch: u32,
     deadline: Instant,
     token: Token,
     namespace: NamespaceId,
@@ -85,6 +90,24 @@ pub(in crate::pump) struct OwnWrite {
     is_put: bool,
     began: Instant,
     traced: bool,
+}
+
+/// What must come together, of which homes, while it moves of which others too; who stands in.
+type Plan<'a> = (Requirement, &'a [NodeId], Option<OtherHomes<'a>>, &'a [NodeId]);
+
+/// What a request needs of so many copies.
+fn requirement_of(defaults: &Defaults, request: &Request<'_>) -> Result<Requirement, Refusal> {
+    match request {
+        Request::Get(get) => Requirement::read(defaults, get.level, get.primary, get.flags),
+        Request::Put(put) => {
+            let it = &put.options;
+            Requirement::write(defaults, it.level, it.primary, it.durable, it.flags)
+        }
+        Request::Delete(delete) => {
+            let it = &delete.options;
+            Requirement::write(defaults, it.level, it.primary, it.durable, it.flags)
+        }
+    }
 }
 
 impl<D: Disk, R: Runtime> Pump<D, R> {
@@ -131,6 +154,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let homes = topology.replicas(partition, namespace.n);
         let copies = u8::try_from(homes.len()).unwrap_or(u8::MAX);
         let is_home = homes.contains(&topology.own());
+        let others = topology.other_replicas(partition, namespace.n);
+        if topology.node(topology.own()).is_none() {
+            let what = "this node is no member any more: ask another";
+            return refuse(self, target, Failure::new(Status::UNAVAILABLE, what));
+        }
         // Whoever may lack own writes must not put a vector over them.
         let is_siblings = namespace.mode == Mode::Siblings && !matches!(request, Request::Get(_));
         let view = View { shard: &self.shard, wall: self.wall };
@@ -157,17 +185,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         }
         let defaults = self.defaults(&namespace, copies);
-        let requirement = match request {
-            Request::Get(get) => Requirement::read(&defaults, get.level, get.primary, get.flags),
-            Request::Put(put) => {
-                let it = &put.options;
-                Requirement::write(&defaults, it.level, it.primary, it.durable, it.flags)
-            }
-            Request::Delete(delete) => {
-                let it = &delete.options;
-                Requirement::write(&defaults, it.level, it.primary, it.durable, it.flags)
-            }
-        };
+        let requirement = requirement_of(&defaults, request);
         let requirement = match requirement {
             Ok(requirement) => requirement,
             Err(refusal) => return refuse(self, target, refusal.into()),
@@ -176,7 +194,18 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             true => topology.preference(partition, namespace.n).split_off(homes.len()),
             false => Vec::new(),
         };
-        let is_alone = is_home && copies == 1 && fallbacks.is_empty();
+        let is_alone = is_home && copies == 1 && fallbacks.is_empty() && others.is_none();
+        // While the partition moves, a write has to come to as many of its other homes.
+        let other = match others {
+            None => None,
+            Some(homes) => {
+                let there = u8::try_from(homes.len()).unwrap_or(u8::MAX);
+                match requirement_of(&self.defaults(&namespace, there), request) {
+                    Ok(requirement) => Some(OtherHomes { homes, requirement }),
+                    Err(refusal) => return refuse(self, target, refusal.into()),
+                }
+            }
+        };
         match request {
             Request::Get(get) => {
                 let alone = requirement.needed() <= 1 && homes.contains(&topology.own());
@@ -199,7 +228,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 match mutation {
                     Ok((mutation, context)) => {
                         let mutation = Mutation { context: context.as_ref(), ..mutation };
-                        let plan = (requirement, homes, &fallbacks[..]);
+                        let plan = (requirement, homes, other, &fallbacks[..]);
                         let flags = put.options.flags;
                         self.write_replicas(target, deadline, &mutation, plan, flags);
                     }
@@ -215,7 +244,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 match mutation {
                     Ok((mutation, context)) => {
                         let mutation = Mutation { context: context.as_ref(), ..mutation };
-                        let plan = (requirement, homes, &fallbacks[..]);
+                        let plan = (requirement, homes, other, &fallbacks[..]);
                         let flags = delete.options.flags;
                         self.write_replicas(target, deadline, &mutation, plan, flags);
                     }
@@ -239,15 +268,17 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         target: Target<'_, '_>,
         deadline: Instant,
         mutation: &Mutation<'_>,
-        (requirement, homes, fallbacks): (Requirement, &[NodeId], &[NodeId]),
+        (requirement, homes, other, fallbacks): Plan<'_>,
         flags: OperationFlags,
     ) {
         if self.is_in_vain(Place::Replicas, deadline) || self.is_in_vain(Place::Log, deadline) {
             return self.refuse_in_vain(target);
         }
         let Some(replication) = &mut self.replication else { return };
-        let plan = match replication.coordinator.plan_write(self.now, requirement, homes, fallbacks)
-        {
+        let coordinator = &mut replication.coordinator;
+        let plan =
+            coordinator.plan_write_to_both(self.now, requirement, homes, other, fallbacks);
+        let plan = match plan {
             Ok(plan) => plan,
             Err(refusal) => {
                 let failure = Failure::from(refusal);
@@ -298,7 +329,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         };
         let origin = target.defer();
         let trace = Trace::wanted(flags, self.now);
-        let op = self.begin_write(origin, deadline, plan, &record, Vec::new(), trace);
+        let epoch = self.map_generation();
+        let op = self.begin_write(origin, deadline, plan, &record, Vec::new(), epoch, trace);
         let bytes = record.key.len() + record.value.len();
         let delay = self.shard.write_delay_nanos(bytes, self.now);
         self.metrics.borrow_mut().counters.write_delay_nanos += delay;
@@ -314,7 +346,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         });
     }
 
+    fn map_generation(&self) -> u32 {
+        self.replication.as_ref().map_or(0, |replication| replication.topology.generation())
+    }
+
     /// Enters a write that was appended here, and addresses its record to the others.
+    #[expect(clippy::too_many_arguments, reason = "all of it is one operation's")]
     fn begin_write(
         &mut self,
         origin: Origin,
@@ -322,6 +359,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         plan: WriteOp,
         record: &RecordRef<'_>,
         context: Vec<u8>,
+        epoch: u32,
         mut trace: Option<Box<Trace>>,
     ) -> Option<OpId> {
         if let Some(trace) = &mut trace {
@@ -334,6 +372,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             origin,
             token: record.token,
             namespace: record.namespace,
+            epoch,
             what: What::Write { letter: Vec::new(), version, context },
             trace,
         };
@@ -344,7 +383,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let message = PeerMessage::Write {
             id: op.0,
             deadline_us: micros_until(moment.now, deadline),
-            epoch: EPOCH,
+            epoch,
             record: *record,
         };
         if let Some(Operation { what: What::Write { letter, .. }, .. }) =
@@ -371,6 +410,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let own = OwnWrite {
             task,
             plan,
+            epoch: self.map_generation(),
             deadline,
             token: mutation.token,
             namespace: mutation.namespace,
@@ -439,7 +479,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 }
                 let record = record.as_ref();
                 let trace = own.traced.then(|| Trace::begun(own.began));
-                let op = self.begin_write(origin, own.deadline, own.plan, &record, context, trace);
+                let (deadline, plan, epoch) = (own.deadline, own.plan, own.epoch);
+                let op = self.begin_write(origin, deadline, plan, &record, context, epoch, trace);
                 if let Some(op) = op {
                     self.set_version(op, &applied);
                     self.own_ack(op);
@@ -553,6 +594,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             origin: target.defer(),
             token: get.token,
             namespace: get.namespace,
+            epoch: replication.topology.generation(),
             what: What::Read { key: get.key.to_vec(), flags: get.flags },
             trace: Trace::wanted(get.flags, self.now),
         };
@@ -739,12 +781,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let asked = if want == Want::Full { "state" } else { "digest" };
         replication.note(op, |trace| trace.asked(moment.now, to, asked));
         let deadline = replication.coordinator.deadline(op).unwrap_or(moment.now);
-        let Some(Operation { token, namespace, what: What::Read { key, .. }, .. }) =
+        let Some(Operation { token, namespace, epoch, what: What::Read { key, .. }, .. }) =
             replication.coordinator.payload(op)
         else {
             return;
         };
-        let (token, namespace) = (*token, *namespace);
+        let (token, namespace, epoch) = (*token, *namespace, *epoch);
+        if to == replication.topology.own() && epoch < replication.moves.confirmed {
+            let actions = &mut replication.actions;
+            return replication.coordinator.failed(moment, op, to, Lack::Refused, actions);
+        }
         if to == replication.topology.own() {
             let key = key.clone();
             return self.read_here(op, token, namespace, &key);
@@ -752,7 +798,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let message = PeerMessage::Read {
             id: op.0,
             deadline_us: micros_until(moment.now, deadline),
-            epoch: EPOCH,
+            epoch,
             token,
             namespace,
             key,
@@ -784,7 +830,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let partition = self.partition_of(record.token);
         let Some(replication) = &mut self.replication else { return };
         if let Some(to) = replication.peer_shard(to, partition) {
-            let message = PeerMessage::Write { id: 0, deadline_us: 1, epoch: EPOCH, record };
+            let epoch = replication.topology.generation();
+            let message = PeerMessage::Write { id: 0, deadline_us: 1, epoch, record };
             replication.post(to, Lane::Background, &message);
         }
     }
@@ -794,7 +841,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(finished) = replication.coordinator.finish(op) else { return };
         let Finished { payload, state, began } = finished;
         self.admission.came_through(Place::Replicas, self.now.nanos_since(began));
-        let Operation { origin, token, namespace, what, trace } = payload;
+        let Operation { origin, token, namespace, what, trace, .. } = payload;
         let trace = trace.map_or_else(String::new, |trace| trace.end(self.now));
         match (outcome, what) {
             (Ended::Written(acks), What::Write { version, context, .. }) => {

@@ -221,7 +221,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    fn tell_settings(&mut self, to: PeerShard) {
+    pub(super) fn tell_settings(&mut self, to: PeerShard) {
         let catalogue = self.catalogue.encode();
         let client = self.desk.client_address();
         let settings = PeerMessage::Settings {
@@ -236,21 +236,49 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(in crate::pump) fn spread_settings(&mut self) {
         let Some(replication) = &mut self.replication else { return };
         let factors: BTreeSet<u8> = self.catalogue.iter().map(|namespace| namespace.n).collect();
-        if replication.factors != factors {
-            let topology = &replication.topology;
-            let (bits, nodes) = (topology.partition_bits(), topology.nodes().to_vec());
-            match Topology::new(topology.own(), bits, nodes, factors.iter().copied()) {
+        let before = Rc::clone(&replication.topology);
+        let generation = self.catalogue.map().map_or(before.generation(), |map| map.generation);
+        if replication.factors != factors || generation != before.generation() {
+            let (bits, nodes) = (before.partition_bits(), before.nodes().to_vec());
+            let topology = match self.catalogue.map() {
+                Some(map) => Topology::of_map(before.own(), map, factors.iter().copied()),
+                None => Topology::new(before.own(), bits, nodes, factors.iter().copied()),
+            };
+            match topology {
                 Ok(topology) => {
                     let shared = Shared::new(&topology, self.map.own(), self.map.count());
                     replication.tracking.set_shared(shared);
                     replication.topology = Rc::new(topology);
                     replication.factors = factors;
+                    self.members_follow(&before);
                     self.count_room();
                 }
                 Err(error) => tracing::error!(?error, "no placement for these namespaces"),
             }
         }
         self.tell_all_settings();
+    }
+
+    /// The map may be another one: whatever knows members follows.
+    fn members_follow(&mut self, before: &Topology) {
+        let moment = self.moment();
+        let voters = self.catalogue.map().map(annulus_cluster::moves::ClusterMap::voters);
+        let Some(replication) = &mut self.replication else { return };
+        if let Some(voters) = voters {
+            replication.registers.set_voters(moment, voters);
+        }
+        let topology = Rc::clone(&replication.topology);
+        let ids = |topology: &Topology| -> Vec<NodeId> {
+            topology.nodes().iter().map(|node| node.id).collect()
+        };
+        if ids(&topology) != ids(before) {
+            for node in ids(&topology).into_iter().filter(|node| before.node(*node).is_none()) {
+                let is_linked = replication.peers.contains_key(&node);
+                replication.coordinator.health_mut().set_linked(node, is_linked);
+            }
+            self.gossip_follows();
+        }
+        self.moves_follow(before.generation());
     }
 
     fn tell_all_settings(&mut self) {
@@ -284,7 +312,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     pub(super) fn namespaces_of(&self, partition: PartitionId, node: NodeId) -> Vec<NamespaceId> {
         let Some(replication) = &self.replication else { return Vec::new() };
         let topology = &replication.topology;
-        let is_home = |n: u8| topology.replicas(partition, n).contains(&node);
+        let is_home = |n: u8| topology.is_home_of(partition, n, node);
         self.catalogue.iter().filter(|it| is_home(it.n)).map(|it| it.id).collect()
     }
 
@@ -320,6 +348,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let n = self.catalogue.get(namespace).map_or(1, |namespace| namespace.n);
         let view = View { shard: &self.shard, wall: self.wall };
         let as_of = replication.tracking.as_of(partition, &view);
-        (as_of, replication.topology.is_home(partition, n))
+        let topology = &replication.topology;
+        (as_of, topology.is_home_of(partition, n, topology.own()))
     }
 }

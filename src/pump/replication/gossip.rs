@@ -18,7 +18,7 @@ use annulus_engine::disk::Disk;
 use annulus_engine::model::Instant;
 use annulus_engine::runtime::Runtime;
 
-use super::{EPOCH, Letter, Replication};
+use super::{Letter, Replication};
 use crate::metrics::ShardSnapshot;
 use crate::pump::{Lane, Message, Pump, disk_level};
 
@@ -127,12 +127,13 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if machine.next_timeout() > self.now && is_told {
             return;
         }
+        let members_epoch = replication.topology.generation().into();
         if !is_told {
             // Nothing measures load, heat and the oldest hint of a whole node yet.
             machine.set_vitals(Vitals {
                 disk_level: disk_level(self.shard.stats().space_level) as u64,
                 settings_epoch: self.catalogue.generation(),
-                members_epoch: EPOCH.into(),
+                members_epoch,
                 ..Vitals::default()
             });
         }
@@ -158,9 +159,25 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
+    /// The members are others.
+    pub(super) fn gossip_follows(&mut self) {
+        let now = self.now;
+        let Some(replication) = &mut self.replication else { return };
+        let topology = &replication.topology;
+        if let Some(machine) = &mut replication.gossip.machine
+            && topology.node(topology.own()).is_some()
+        {
+            machine.set_members(now, topology.nodes());
+            replication.gossip.next_telling = now;
+        }
+    }
+
     /// A link stands again: whoever is behind it should hear at once what is said of it.
     pub(super) fn greet_member(&mut self, node: NodeId) {
         let Some(replication) = &mut self.replication else { return };
+        if replication.topology.node(node).is_none() {
+            return;
+        }
         let Some(machine) = &mut replication.gossip.machine else { return };
         let mut out = Vec::new();
         machine.greet(node, &mut out);

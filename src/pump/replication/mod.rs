@@ -10,6 +10,7 @@
 //!                     refill.rs       what a damaged disk held comes from others
 //!                     gossip.rs       who is there
 //! linearizable keys   -> keys.rs      a register each, over its homes
+//!                     moves.rs        partitions that move to other members
 //! operator's command  -> admin.rs, registers.rs   what all members agree on
 //! ```
 //!
@@ -22,6 +23,7 @@ mod exchange;
 mod forward;
 mod gossip;
 mod keys;
+mod moves;
 mod refill;
 mod registers;
 mod repair;
@@ -50,6 +52,8 @@ use forward::Forwarded;
 use gossip::Gossip;
 use keys::Keys;
 pub(super) use keys::{KeyRead, with_client_record};
+use moves::Moves;
+pub use moves::Report as MovesReport;
 pub(super) use refill::FilledPage;
 use refill::Refill;
 pub(super) use registers::Changed;
@@ -110,6 +114,7 @@ pub(super) struct Replication {
     gossip: Gossip,
     registers: Registers,
     keys: Keys,
+    moves: Moves,
     /// For copies of partitions that are not this node's.
     room: Room,
     letters: Vec<Letter>,
@@ -144,14 +149,14 @@ impl Replication {
         }
         let keys = Keys::new(options.topology.partition_bits(), floor, first_id);
         let gossip = Gossip::new(&options.topology, options.life, map.own(), now);
+        let moves = Moves::new(options.topology.generation(), now);
+        let mut tracking =
+            Tracking::new(own, life_of_tracking(options.life, 0), tracking::Options::default(), shared);
+        tracking.set_epoch(moves.confirmed);
         Replication {
             coordinator,
-            tracking: Tracking::new(
-                own,
-                life_of_tracking(options.life, 0),
-                tracking::Options::default(),
-                shared,
-            ),
+            tracking,
+            moves,
             life: (options.life, 0),
             topology: options.topology,
             factors: BTreeSet::new(),
@@ -206,8 +211,6 @@ fn life_of_tracking(start: u64, revivals: u64) -> u64 {
     start * LIVES_OF_A_START + revivals.min(LIVES_OF_A_START - 1)
 }
 
-/// Every node has the same topology until members can change.
-const EPOCH: u32 = 1;
 /// How often requests that were handed on are looked at, in nanoseconds.
 const SWEEP_NANOS: u64 = 5_000_000;
 
@@ -266,6 +269,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         } else {
             let (own, life) = (replication.topology.own(), life_of_tracking(start, revivals));
             replication.tracking = Tracking::new(own, life, tracking::Options::default(), shared);
+            replication.tracking.set_epoch(replication.moves.confirmed);
         }
         self.count_room();
         self.forget_promises();
@@ -277,6 +281,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         worked |= self.keys_turn(wires);
         worked |= self.registers_turn();
         self.exchange_turn();
+        self.moves_turn();
         self.repair_turn();
         self.gossip_turn();
         let now = self.now;

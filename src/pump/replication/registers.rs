@@ -16,7 +16,9 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use annulus_cluster::NodeId;
+use annulus_cluster::coordinator::Moment;
 use annulus_cluster::message::PeerMessage;
+use annulus_cluster::moves::ClusterMap;
 use annulus_cluster::register::{
     Applied, BallotSource, Change, ChangeId, Outcome, Proposer, ProposerAction, ProposerOptions,
     RegisterId, State, holders, majority,
@@ -29,6 +31,7 @@ use annulus_net::wire::status::Status;
 use futures_util::future::join_all;
 
 use super::ReplicationOptions;
+use crate::namespaces::Catalogue;
 use crate::pump::{AdminDesk, Done, Lane, Origin, Pump, ShardMap, TASKS_MAX};
 use crate::registers::{catalogue_of, state_of};
 
@@ -48,20 +51,31 @@ pub(super) struct NamespaceChange {
     arguments: String,
 }
 
+impl NamespaceChange {
+    /// The newest of what the holders and this node know.
+    fn newest(&self, state: &State) -> Option<Catalogue> {
+        let known = self.desk.catalogue();
+        match catalogue_of(state) {
+            Some(current) if current.generation() >= known.generation() => Some(current),
+            None if state.version > known.generation() => None,
+            _ => Some(known),
+        }
+    }
+}
+
 impl Change for NamespaceChange {
     type Reply = Reply;
 
+    fn voters(&self, state: &State) -> Option<Vec<Vec<NodeId>>> {
+        self.newest(state)?.map().map(ClusterMap::voters)
+    }
+
     fn apply(&mut self, current: &State) -> Applied<Reply> {
-        let known = self.desk.catalogue();
         // What this node knows was accepted by a majority once. It can be ahead of the holders only
         // where they lost what they had, or never had it.
-        let current = match catalogue_of(current) {
-            Some(current) if current.generation() >= known.generation() => current,
-            None if current.version > known.generation() => {
-                let what = "the namespaces that a majority agreed on cannot be read";
-                return Applied::Keep(Err((Status::FAILED, what.to_owned())));
-            }
-            _ => known,
+        let Some(current) = self.newest(current) else {
+            let what = "the namespaces that a majority agreed on cannot be read";
+            return Applied::Keep(Err((Status::FAILED, what.to_owned())));
         };
         let outcome = match self.desk.apply(&self.command, &self.arguments, &current) {
             Ok(outcome) => outcome,
@@ -115,6 +129,11 @@ impl Registers {
             waiting: BTreeMap::new(),
             actions: Vec::new(),
         }
+    }
+
+    /// Others hold the register.
+    pub(super) fn set_voters(&mut self, moment: Moment, groups: Vec<Vec<NodeId>>) {
+        self.proposer.set_voters(moment, groups);
     }
 
     pub(super) fn next_timeout(&self) -> Option<Instant> {

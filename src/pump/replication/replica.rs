@@ -41,7 +41,29 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         };
         self.metrics.borrow_mut().counters.peer_messages += 1;
+        let is_member = |pump: &Self| pump.topology().is_some_and(|it| it.node(from.node).is_some());
+        if !is_member(self) {
+            // It learns the map that it is not in from the settings, or this node the one with it.
+            return match message {
+                PeerMessage::Settings { .. } => self.exchange(from, &message, bytes),
+                _ => self.correct(from),
+            };
+        }
         match message {
+            PeerMessage::Write { id, epoch, record, .. }
+                if self.is_fenced(epoch, record.token) =>
+            {
+                if id != 0 {
+                    let result = WriteResult::Refused(Status::UNAVAILABLE.0, Reason::Epoch);
+                    self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
+                }
+                self.correct(from);
+            }
+            PeerMessage::Read { id, epoch, token, .. } if self.is_fenced(epoch, token) => {
+                let result = ReadResult::Refused(Status::UNAVAILABLE.0);
+                self.post(from, Lane::Foreground, &PeerMessage::ReadDone { id, result });
+                self.correct(from);
+            }
             PeerMessage::Write { id, deadline_us, record, .. } => {
                 self.replica_write(from, id, self.deadline_in(deadline_us), &record);
             }
@@ -72,8 +94,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
             PeerMessage::KeyAccept { id, record, .. } => self.accept_record(from, id, &record),
             PeerMessage::Room { is_left } => self.take_room(from, is_left),
+            PeerMessage::Moving { .. } => self.hear_moving(from, &message),
             background => self.exchange(from, &background, bytes),
         }
+    }
+
+    /// Whether a request comes of a map that is too old.
+    #[inline]
+    fn is_fenced(&self, epoch: u32, token: Token) -> bool {
+        let Some(replication) = &self.replication else { return false };
+        replication.is_fenced(epoch, token.partition(self.map.partition_bits()))
     }
 
     fn deadline_in(&self, micros: u32) -> Instant {
@@ -246,8 +276,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(Origin::Replica { from, id }) = origin else {
             // Read repair: whether it succeeds, the next announcement tells.
             let (shard, record) = (self.shard.clone(), record.to_owned());
+            let token = self.replication.as_ref().map(|replication| replication.merge_token());
             self.spawn(async move {
                 let merged = shard.merge_in_state(&record.as_ref()).await;
+                drop(token);
                 Done::Merged { origin: None, merged: merged.map(drop) }
             });
             return;
@@ -257,12 +289,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
         }
         let (shard, record) = (self.shard.clone(), record.to_owned());
+        let token = self.replication.as_ref().map(|replication| replication.merge_token());
         self.spawn(async move {
             let merged = match shard.merge_in_state(&record.as_ref()).await {
                 Ok(MergedIn::Applied(lsn)) => shard.wait_visible(lsn).await,
                 Ok(MergedIn::Duplicate) => Ok(()),
                 Err(error) => Err(error),
             };
+            drop(token);
             Done::Merged { origin: Some((from, id)), merged }
         });
     }

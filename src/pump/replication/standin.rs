@@ -40,6 +40,10 @@ impl Replication {
         if self.tracking.is_holder(partition) {
             return Ok(None);
         }
+        // A new owner must have nothing of it, and who leaves would have to hand it over.
+        if self.topology.is_leaving() || self.topology.is_preparing(partition) {
+            return Err(NoRoom);
+        }
         match self.room.admit(bytes) {
             true => Ok(Some(Guest { partition, bytes })),
             false => Err(NoRoom),

@@ -148,6 +148,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             (needy.lacks(own), own.base())
         });
         let wanted: Vec<NamespaceId> = self.namespaces_of(partition, from.node);
+        if wanted.is_empty() {
+            // By an older map, or a newer one: a page of nothing would say that there is nothing.
+            return self.correct(from);
+        }
         let bytes_max = bytes_max.clamp(*PAGE_BYTES_RANGE.start(), *PAGE_BYTES_RANGE.end());
         let after = after.map(|(namespace, key)| (namespace, key.to_vec()));
         let range = TokenRange { first, last: range.last };
@@ -239,6 +243,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         session.merging = true;
         session.deadline = now.after_nanos(PAGE_TIMEOUT_NANOS);
+        let token = replication.merge_token();
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));
         let modes: Vec<(NamespaceId, Mode)> =
             self.catalogue.iter().map(|namespace| (namespace.id, namespace.mode)).collect();
@@ -247,6 +252,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         self.spawn(async move {
             let mut page = MergedPage { last: Lsn(0), merged: 0, is_spoiled: false, next };
             let merged = merge_page(&shard, &runtime, &raw, &modes, &late, &mut page).await;
+            drop(token);
             let merged = merged.map(|()| page);
             Done::SyncMerged { id, merged }
         });
@@ -298,7 +304,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
     }
 
-    fn end_sync(&mut self, id: u64, succeeded: bool) {
+    pub(super) fn end_sync(&mut self, id: u64, succeeded: bool) {
         let now = self.now;
         let Some(replication) = &mut self.replication else { return };
         let Some(at) = replication.sessions.iter().position(|session| session.id == id) else {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use annulus_cluster::NodeId;
 use annulus_engine::model::{Instant, OriginId};
 use annulus_net::driver::{ConnId, Connections};
-use annulus_net::peer_connection::{PeerFacts, PeerListener, PeerReceived};
+use annulus_net::peer_connection::{PeerFacts, PeerListener, PeerMember, PeerReceived};
 use annulus_net::wire::peer::{PeerHello, PeerRefusal};
 
 use super::Chance;
@@ -82,6 +82,11 @@ impl IncomingSet {
             stats: IncomingStats::default(),
             arrived: Vec::new(),
         }
+    }
+
+    /// The members are others: from now on strangers are refused, and those who are none any more.
+    pub(crate) fn set_members(&mut self, members: &[PeerMember]) {
+        self.facts.set_members(members);
     }
 
     /// Who has passed the handshake since the last call, with its life.

@@ -7,7 +7,8 @@
 //! swarm --seed 1234         one seed again
 //! swarm --seconds 600       new seeds for ten minutes
 //! swarm --story log         only stories of this kind: log, model, crash,
-//!                           concurrent, faults, damage, cluster, namespaces, registers
+//!                           concurrent, faults, damage, cluster, namespaces, registers,
+//!                           members
 //! ```
 //!
 //! Invariant: a story is a function of its kind and its seed, so the printed line is all that is
@@ -39,6 +40,7 @@ const KINDS: &[Kind] = &[
     ("cluster", tell_cluster),
     ("namespaces", tell_namespaces),
     ("registers", tell_registers),
+    ("members", tell_members),
 ];
 
 /// What is being told, for the line that a panic prints even where panics abort.
@@ -112,6 +114,12 @@ fn tell_damage(seed: u64) {
 
 fn tell_cluster(seed: u64) {
     if let Err(found) = ClusterStory::draw(seed).tell() {
+        panic!("{found}");
+    }
+}
+
+fn tell_members(seed: u64) {
+    if let Err(found) = ClusterStory::draw_with_members(seed).tell() {
         panic!("{found}");
     }
 }

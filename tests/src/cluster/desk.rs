@@ -30,7 +30,18 @@ pub(super) struct Generations {
 }
 
 impl Generations {
-    fn note(&mut self, node: NodeId, catalogue: &Catalogue) {
+    /// The newest, and how many there were.
+    pub(super) fn newest(&self) -> Option<Catalogue> {
+        let (_, bytes) = self.known.last_key_value()?;
+        Some(Catalogue::decode(bytes, Path::new(namespaces::FILE_NAME)).expect("it was encoded"))
+    }
+
+    /// How many there were.
+    pub(super) fn count(&self) -> usize {
+        self.known.len()
+    }
+
+    pub(super) fn note(&mut self, node: NodeId, catalogue: &Catalogue) {
         let bytes = catalogue.encode();
         let known = self.known.entry(catalogue.generation()).or_insert_with(|| bytes.clone());
         if *known != bytes {

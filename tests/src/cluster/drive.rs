@@ -160,6 +160,7 @@ impl SimCluster {
             self.common.shards,
             &mut self.chance,
         );
+        let is_removed = output.is_removed;
         for (shard, message) in output.mesh {
             node.hosts[shard as usize].push_mesh(message);
         }
@@ -175,6 +176,11 @@ impl SimCluster {
             }
         }
         self.hang_up(&output.closed);
+        if is_removed && self.is_up(place.node) {
+            self.note(format!("node {} is removed", place.node));
+            self.stop(place.node);
+        }
+        self.tend();
     }
 
     /// The nodes to which links of this one stand, as far as it knows.

@@ -40,7 +40,7 @@ const DRAIN_NANOS: u64 = 10_000_000_000;
 /// Signs contexts on all nodes.
 pub(super) const SECRET: ContextSecret = ContextSecret([3, 4]);
 /// Id of the cluster.
-const CLUSTER: u128 = 7;
+pub(super) const CLUSTER: u128 = 7;
 
 pub(super) type SimShard = Shard<SimDisk, SimRuntime>;
 type SimPump = Pump<SimDisk, SimRuntime>;
@@ -72,9 +72,8 @@ pub(super) struct Common {
     pub(super) options: Options,
     /// Of copies that a shard keeps for others.
     pub(super) room_bytes_max: u64,
-    pub(super) catalogue: Rc<Catalogue>,
-    /// By node, as each sees it; empty in a cluster of one.
-    pub(super) topologies: Vec<Rc<Topology>>,
+    /// By node, what it begins with on a new disk; none for one that has not joined.
+    pub(super) catalogues: Vec<Option<Rc<Catalogue>>>,
     /// Of the catalogues of all nodes, ever.
     pub(super) generations: Rc<RefCell<Generations>>,
 }
@@ -85,6 +84,8 @@ pub(super) struct TurnOutput {
     pub(super) bytes: Vec<(ConnectionKey, Vec<u8>)>,
     pub(super) closed: Vec<ConnectionKey>,
     pub(super) mesh: Vec<(u32, Message)>,
+    /// Its node has learned that it is no member any more.
+    pub(super) is_removed: bool,
     pub(super) letters: Vec<(PeerShard, Lane, Vec<u8>)>,
 }
 
@@ -169,6 +170,14 @@ impl Host {
         }
     }
 
+    /// Where it stands with the moves of partitions.
+    pub(super) fn describe_moves(&self) -> String {
+        match &self.stage {
+            Stage::Up(pump) => pump.describe_moves(),
+            _ => "not up".to_owned(),
+        }
+    }
+
     pub(super) fn start_repair(&mut self, scrub: bool) {
         if let Stage::Up(pump) = &mut self.stage {
             pump.tick(self.runtime.now());
@@ -192,7 +201,9 @@ impl Host {
         let options = common.options;
         let (told, shared) = (Rc::clone(&slot), Rc::clone(shared));
         let owner = (node_id(self.place.node), desk_disk.clone());
-        let (first, generations) = (Rc::clone(&common.catalogue), Rc::clone(&common.generations));
+        let first = common.catalogues[self.place.node as usize].clone();
+        let first = first.expect("only members are started");
+        let generations = Rc::clone(&common.generations);
         self.runtime.spawn(Class::Foreground, async move {
             let open = async {
                 let shard = open(disk, runtime, &identity, options).await?;
@@ -307,6 +318,7 @@ impl Host {
             *told = desk.changes();
             pump.set_catalogue(desk.shared_catalogue());
         }
+        let is_removed = pump.is_removed();
         for input in self.inputs.drain(..) {
             take_input(pump, &mut self.wires, input);
         }
@@ -342,7 +354,7 @@ impl Host {
         if ready {
             self.close();
         }
-        TurnOutput { bytes, closed, mesh: sent, letters }
+        TurnOutput { bytes, closed, mesh: sent, is_removed, letters }
     }
 
     fn close(&mut self) {
@@ -387,9 +399,10 @@ impl Host {
             catalogue: desk.shared_catalogue(),
             message_memory: 4 << 20,
             desk: Rc::new(DeskOf(Rc::clone(desk))),
-            replication: common.topologies.get(self.place.node as usize).map(|topology| {
+            replication: desk.shared_catalogue().map().map(|map| {
+                let topology = Topology::of_map(node_id(self.place.node), map, [1]);
                 ReplicationOptions {
-                    topology: Rc::clone(topology),
+                    topology: Rc::new(topology.expect("a few equal members have a ring")),
                     life: self.life,
                     room_bytes_max: common.room_bytes_max,
                 }

@@ -25,10 +25,12 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use annulus::config::Compression;
+use annulus::member_commands;
 use annulus::metrics::ShardSnapshot;
 use annulus::namespaces::{Catalogue, Level as NamespaceLevel, Mode as NamespaceMode, Settings};
 use annulus::pump::ConnectionKey;
 use annulus_cluster::membership::{MemberView, Status};
+use annulus_cluster::moves::ClusterMap;
 use annulus_cluster::{NodeInfo, Topology, Weight};
 use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
 use annulus_engine::options::{Durability, Options};
@@ -66,8 +68,10 @@ const AUDIT_NANOS: u64 = 120_000_000_000;
 pub struct ClusterOptions {
     /// Everything follows from it.
     pub seed: u64,
-    /// Nodes. More than one needs a pump that replicates.
+    /// Nodes that the cluster is founded with. More than one needs a pump that replicates.
     pub nodes: u32,
+    /// Nodes that may join later.
+    pub spares: u32,
     /// Shards of each.
     pub shards: u32,
     /// Copies of each record, at most `nodes`.
@@ -129,7 +133,14 @@ pub struct SimCluster {
     routes: BTreeMap<ConnectionKey, Route>,
     clients: Vec<Client>,
     operators: Vec<Operator>,
+    /// Who changes members; none where nobody does.
+    steward: Option<usize>,
+    /// The catalogues that were looked at for new and removed members.
+    tended: usize,
+    /// Nodes that were asked to join, so far.
+    asked: u32,
     mix: CallMix,
+    replicas: u8,
     /// When the last operation of a slow disk will have ended, as far as known.
     settles_at: Instant,
     disk_nanos_max: u64,
@@ -153,14 +164,16 @@ impl SimCluster {
         let mut engine = Options { partition_bits: 3, ..tiny_options() };
         engine.log.durability = options.durability;
         engine.replicated = options.nodes > 1;
+        let first = Rc::new(catalogue(options, engine.partition_bits));
+        let all = options.nodes + options.spares;
         let common = Common {
             shards: options.shards,
             options: engine,
             room_bytes_max: options.room_bytes_max,
-            catalogue: Rc::new(catalogue(options)),
-            topologies: topologies(options, engine.partition_bits),
+            catalogues: (0..all).map(|it| (it < options.nodes).then(|| first.clone())).collect(),
             generations: Rc::default(),
         };
+        common.generations.borrow_mut().note(host::node_id(0), &first);
         let mut group = 0;
         let mut host = |node, shard, chance: &mut Chance| {
             let seed = chance.next_u64();
@@ -169,7 +182,7 @@ impl SimCluster {
             group += 1;
             host
         };
-        let nodes = (0..options.nodes)
+        let nodes = (0..all)
             .map(|node| Node {
                 hosts: (0..options.shards).map(|shard| host(node, shard, &mut chance)).collect(),
                 wall_offset: 0,
@@ -186,12 +199,16 @@ impl SimCluster {
         let clients = (0..options.clients)
             .map(|number| {
                 let (seed, pause_max) = (chance.next_u64(), options.pause_max);
-                Client::new(number, options.nodes, seed, &options.mix, pause_max, now)
+                Client::new(number, all, seed, &options.mix, pause_max, now)
             })
             .collect();
-        let operators = (0..options.operators)
-            .map(|index| Operator::new(index, options.nodes, chance.next_u64(), now))
+        let mut operators: Vec<Operator> = (0..options.operators)
+            .map(|index| Operator::new(index, all, chance.next_u64(), now))
             .collect();
+        let steward = (options.spares > 0).then_some(operators.len());
+        if steward.is_some() {
+            operators.push(Operator::steward(options.operators, all, chance.next_u64(), now));
+        }
         let mut book = Book::default();
         let window_nanos = match options.durability {
             Durability::Sync => 0,
@@ -220,7 +237,11 @@ impl SimCluster {
             nodes,
             clients,
             operators,
+            steward,
+            tended: 0,
+            asked: options.nodes,
             mix: options.mix.clone(),
+            replicas: options.replicas,
             settles_at: now,
             disk_nanos_max: options.disk_nanos_max,
             book,
@@ -240,6 +261,94 @@ impl SimCluster {
     #[must_use]
     pub fn node_count(&self) -> u32 {
         u32::try_from(self.nodes.len()).expect("a few nodes")
+    }
+
+    /// The newest map of members that any node has; none in a cluster of one.
+    #[must_use]
+    pub fn map(&self) -> Option<ClusterMap> {
+        self.common.generations.borrow().newest()?.map().cloned()
+    }
+
+    /// Nodes that are members now, by number.
+    #[must_use]
+    pub fn member_numbers(&self) -> Vec<u32> {
+        match self.map() {
+            Some(map) => map.members.iter().map(|member| member.info.id.0 - 1).collect(),
+            None => vec![0],
+        }
+    }
+
+    /// Where each shard stands with the moves of partitions, for people.
+    #[must_use]
+    pub fn describe_moves(&self) -> String {
+        let hosts = self.nodes.iter().flat_map(|node| &node.hosts);
+        hosts.map(|host| format!("{:?}: {}\n", host.place, host.describe_moves())).collect()
+    }
+
+    /// Has a change of members made, by whoever does that: one after the other, until each is
+    /// answered.
+    pub fn change_members(&mut self, command: &'static str, arguments: String) {
+        let now = self.now();
+        if let Some(steward) = self.steward {
+            self.operators[steward].ask(command, arguments, now);
+        }
+    }
+
+    /// Lets the next spare node join. Nothing if there is none.
+    pub fn join_next(&mut self) {
+        if self.asked >= self.node_count() {
+            return;
+        }
+        let peer = format!("node-{}:1", self.asked);
+        self.asked += 1;
+        let (dc, rack) = ("dc".to_owned(), "rack".to_owned());
+        let join = member_commands::Join { peer, dc, rack, weight: Weight::ONE.0 };
+        let arguments = serde_json::to_string(&join).expect("plain text");
+        self.change_members(member_commands::JOIN, arguments);
+    }
+
+    /// Lets a node leave, if it is a member.
+    pub fn leave(&mut self, node: u32) {
+        self.change_members(member_commands::LEAVE, which(node));
+    }
+
+    /// Gives a node up: what it alone has is lost.
+    pub fn replace(&mut self, node: u32) {
+        let at = self.now().0;
+        self.book.mark(Mark::DiskLost { node, at });
+        self.change_members(member_commands::REPLACE, which(node));
+    }
+
+    /// No more changes of members are asked for; one that is under way goes on.
+    pub fn end_changes(&mut self) {
+        if let Some(steward) = self.steward {
+            self.operators[steward].forget_script();
+        }
+    }
+
+    /// Starts nodes that have joined, and takes note of those that are removed.
+    fn tend(&mut self) {
+        let count = self.common.generations.borrow().count();
+        if self.steward.is_none() || count == self.tended {
+            return;
+        }
+        self.tended = count;
+        let newest = self.common.generations.borrow().newest();
+        let Some(newest) = newest.map(Rc::new) else { return };
+        let Some(map) = newest.map() else { return };
+        let at = self.now().0;
+        self.note(format!("map {}", summary(map)));
+        for node in 0..self.node_count() {
+            let first = &mut self.common.catalogues[node as usize];
+            if first.is_none() && map.member(host::node_id(node)).is_some() {
+                *first = Some(Rc::clone(&newest));
+                self.note(format!("node {node} has joined"));
+                self.start(node);
+            } else if map.is_removed(host::node_id(node)) {
+                // Whatever it has acknowledged alone until now is gone with it.
+                self.book.mark(Mark::DiskLost { node, at });
+            }
+        }
     }
 
     /// The network between the nodes.
@@ -330,6 +439,11 @@ impl SimCluster {
     /// Begins to start a node. Nothing if it runs.
     pub fn start(&mut self, node: u32) {
         let now = self.now();
+        if !self.member_numbers().contains(&node)
+            || self.common.catalogues[node as usize].is_none()
+        {
+            return;
+        }
         let (node, common) = (&mut self.nodes[node as usize], &self.common);
         if node.hosts.iter().all(Host::is_down) {
             node.wanted = true;
@@ -538,7 +652,7 @@ impl SimCluster {
     pub fn audit(&mut self) -> Result<(), String> {
         let now = self.now();
         let drivers = self.clients.len();
-        for node in 0..self.node_count() {
+        for node in self.member_numbers() {
             let number = u32::try_from(self.clients.len()).expect("a few clients");
             let seed = self.chance.next_u64();
             self.clients.push(Client::auditor(number, node, seed, &self.mix, now));
@@ -586,9 +700,11 @@ impl SimCluster {
 
     /// The nodes that hold a partition.
     fn replicas_of(&self, partition: PartitionId) -> Vec<u32> {
-        match self.common.topologies.first() {
-            // All namespaces have the same number of copies.
-            Some(topology) => {
+        match self.map() {
+            Some(map) => {
+                // All namespaces have the same number of copies.
+                let topology = Topology::of_map(host::node_id(0), &map, [self.replicas]);
+                let topology = topology.expect("a few equal members have a ring");
                 let homes = topology.replicas(partition, u8::MAX);
                 homes.iter().map(|node| node.0 - 1).collect()
             }
@@ -637,7 +753,7 @@ impl SimCluster {
     /// Where a shard of a node that serves believes anything of a member but that it is alive.
     #[must_use]
     pub fn doubts(&self) -> Vec<Violation> {
-        let nodes = (0..self.node_count()).filter(|node| self.is_up(*node));
+        let nodes = self.member_numbers().into_iter().filter(|node| self.is_up(*node));
         let places = nodes.flat_map(|node| (0..self.common.shards).map(move |shard| (node, shard)));
         places
             .flat_map(|(node, shard)| {
@@ -680,7 +796,8 @@ impl SimCluster {
     /// What nodes hold of a partition that is not theirs: they should have handed it over.
     fn left_overs(&self, partition: PartitionId) -> Vec<Violation> {
         let homes = self.replicas_of(partition);
-        let guests = (0..self.node_count()).filter(|node| !homes.contains(node));
+        let guests =
+            (0..self.node_count()).filter(|node| !homes.contains(node) && self.is_up(*node));
         guests
             .filter_map(|node| {
                 let held = self.dump(node, partition).ok()?.keys.len();
@@ -758,30 +875,26 @@ fn disk_options(seed: u64, latency_nanos_max: u64) -> SimDiskOptions {
     SimDiskOptions { latency_nanos_max, ..SimDiskOptions::seeded(seed) }
 }
 
-/// The members as each node sees them; none of a cluster of one.
-fn topologies(options: &ClusterOptions, partition_bits: u32) -> Vec<Rc<Topology>> {
-    if options.nodes < 2 {
-        return Vec::new();
-    }
-    let member = |node| NodeInfo {
-        id: host::node_id(node),
-        peer: format!("node-{node}:1"),
-        client: String::new(),
-        dc: "dc".to_owned(),
-        rack: "rack".to_owned(),
-        weight: Weight::ONE,
-    };
-    let members: Vec<NodeInfo> = (0..options.nodes).map(member).collect();
-    let of = |node| {
-        let (own, factors) = (host::node_id(node), [options.replicas]);
-        let topology = Topology::new(own, partition_bits, members.clone(), factors);
-        Rc::new(topology.expect("a few equal members have a ring"))
-    };
-    (0..options.nodes).map(of).collect()
+/// A map in a line: its generation, the layouts, and where the partitions are.
+fn summary(map: &ClusterMap) -> String {
+    let nodes: Vec<Vec<u32>> =
+        map.layouts.iter().map(|it| it.iter().map(|it| it.0.0 - 1).collect()).collect();
+    let places: Vec<String> = map
+        .places
+        .iter()
+        .map(|place| format!("{}{:?}{}", place.at, place.stage, place.to))
+        .collect();
+    let holders = (&map.holders, &map.former);
+    format!("{}: layouts {nodes:?}, ids of holders {holders:?}, {}", map.generation, places.join(" "))
 }
 
-/// The namespaces of every simulated cluster.
-fn catalogue(options: &ClusterOptions) -> Catalogue {
+fn which(node: u32) -> String {
+    let which = member_commands::Which { node: host::node_id(node).0 };
+    serde_json::to_string(&which).expect("a number")
+}
+
+/// What every simulated cluster begins with: its namespaces, and its members if it has several.
+fn catalogue(options: &ClusterOptions, partition_bits: u32) -> Catalogue {
     let replicas = options.replicas;
     let mut catalogue = Catalogue::new(Compression::Lz4);
     let settings = Settings {
@@ -799,5 +912,17 @@ fn catalogue(options: &ClusterOptions) -> Catalogue {
         let made = catalogue.create("registers", &registers, Compression::None);
         assert_eq!(made, Ok(REGISTERS));
     }
-    catalogue
+    if options.nodes < 2 {
+        return catalogue;
+    }
+    let member = |node| NodeInfo {
+        id: host::node_id(node),
+        peer: format!("node-{node}:1"),
+        client: String::new(),
+        dc: "dc".to_owned(),
+        rack: "rack".to_owned(),
+        weight: Weight::ONE,
+    };
+    let members = (0..options.nodes).map(member).collect();
+    catalogue.founded(ClusterMap::found(host::CLUSTER, 1, partition_bits, members))
 }

@@ -3,7 +3,7 @@
 //! Invariant: it makes one change at a time and notes when it asked and what it was told; the
 //! ledger of all operators is then held against the catalogue that the nodes have in the end.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use annulus::commands::{Command, Named, NsChange};
 use annulus::namespaces::{Catalogue, Settings};
@@ -30,6 +30,8 @@ const COMMON_NAMES: u64 = 4;
 enum Ask {
     Create(String),
     Drop(String),
+    /// A change of members, which is asked for again until it is answered.
+    Members(&'static str, String),
 }
 
 /// What it was told.
@@ -68,6 +70,8 @@ pub(super) struct Operator {
     names_made: u32,
     /// Own names that were created, and not dropped yet.
     own: Vec<String>,
+    /// Of one that only changes members: what is left to ask for.
+    script: Option<VecDeque<(&'static str, String)>>,
     ledger: Vec<(Ask, Told)>,
     next_at: Instant,
     pub(super) is_quiet: bool,
@@ -84,14 +88,36 @@ impl Operator {
             waiting: None,
             names_made: 0,
             own: Vec::new(),
+            script: None,
             ledger: Vec::new(),
             next_at: now,
             is_quiet: false,
         }
     }
 
+    /// One that changes members as it is told.
+    pub(super) fn steward(index: u32, nodes: u32, seed: u64, now: Instant) -> Operator {
+        let script = Some(VecDeque::new());
+        Operator { script, ..Operator::new(index, nodes, seed, now) }
+    }
+
+    pub(super) fn ask(&mut self, command: &'static str, arguments: String, now: Instant) {
+        if let Some(script) = &mut self.script {
+            script.push_back((command, arguments));
+            self.next_at = self.next_at.max(now);
+        }
+    }
+
+    pub(super) fn forget_script(&mut self) {
+        if let Some(script) = &mut self.script {
+            script.clear();
+        }
+    }
+
     pub(super) fn next_at(&self) -> Option<Instant> {
-        (!self.is_quiet || self.waiting.is_some()).then_some(self.next_at)
+        let has_something = self.script.as_ref().is_none_or(|script| !script.is_empty());
+        let acts = !self.is_quiet && has_something;
+        (acts || self.waiting.is_some()).then_some(self.next_at)
     }
 
     pub(super) fn wake(&mut self, now: Instant) {
@@ -138,6 +164,9 @@ impl Operator {
     }
 
     fn draw(&mut self) -> Ask {
+        if let Some((command, arguments)) = self.script.as_ref().and_then(VecDeque::front) {
+            return Ask::Members(command, arguments.clone());
+        }
         match self.chance.below(4) {
             0 if !self.own.is_empty() => {
                 Ask::Drop(self.own.swap_remove(self.chance.index(self.own.len())))
@@ -153,17 +182,21 @@ impl Operator {
     fn change(&mut self, now: Instant, wishes: &mut Vec<Wish>) {
         let ask = self.draw();
         let Some(connection) = &mut self.connection else { return };
-        let command = match &ask {
+        let (command, arguments) = match &ask {
+            Ask::Members(command, arguments) => (*command, arguments.clone()),
             Ask::Create(name) => {
                 // The same number of copies as all have, so that homes stay where they are.
                 let settings = Settings { n: Some(3), ..Settings::default() };
-                Command::NsCreate(NsChange { name: name.clone(), settings })
+                let create = Command::NsCreate(NsChange { name: name.clone(), settings });
+                (create.name(), create.arguments())
             }
-            Ask::Drop(name) => Command::NsDrop(Named { name: name.clone() }),
+            Ask::Drop(name) => {
+                let drop = Command::NsDrop(Named { name: name.clone() });
+                (drop.name(), drop.arguments())
+            }
         };
         let deadline = now.after_nanos(self.chance.between(300, 4_000) * MS);
-        let arguments = command.arguments();
-        let outgoing = Outgoing::Admin(Admin { command: command.name(), json: &arguments });
+        let outgoing = Outgoing::Admin(Admin { command, json: &arguments });
         let mut out = Vec::new();
         match connection.wire.send(now, deadline, 0, &outgoing, &mut out) {
             Ok(id) => {
@@ -181,6 +214,13 @@ impl Operator {
     }
 
     fn settle(&mut self, ask: Ask, told: Told) {
+        if let Some(script) = &mut self.script {
+            let is_over = matches!(told, Told::Done(_) | Told::Refused);
+            if is_over && script.front().is_some_and(|front| ask == Ask::Members(front.0, front.1.clone())) {
+                script.pop_front();
+            }
+            return;
+        }
         if let (Ask::Create(name), Told::Done(_)) = (&ask, told)
             && name.starts_with("own")
         {
@@ -256,7 +296,7 @@ fn told(status: Status, body: &[u8]) -> Told {
     match status.class() {
         Class::Answered => {
             let reply: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
-            Told::Done(reply["id"].as_u64().expect("a change is answered with an id"))
+            Told::Done(reply["id"].as_u64().unwrap_or_default())
         }
         _ if status == Status::FAILED => Told::Refused,
         Class::Refused | Class::NotStarted => Told::NotStarted,
@@ -290,7 +330,7 @@ pub(super) fn check(operators: &[Operator], catalogue: &Catalogue) -> Vec<String
         })
         .collect();
     for (ask, told) in all(operators) {
-        let (Ask::Create(name) | Ask::Drop(name)) = ask;
+        let (Ask::Create(name) | Ask::Drop(name)) = ask else { continue };
         let found = catalogue.by_name(name).map(|it| u64::from(it.id.0));
         // Nobody else wants such a name.
         let is_own = name.starts_with("own");

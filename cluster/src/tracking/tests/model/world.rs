@@ -661,5 +661,6 @@ fn shared(rules: &Rules) -> Shared {
         members: (1..=rules.holders + rules.guests).map(|id| (NodeId(id), 1)).collect(),
         first: PARTITION,
         holders: vec![(1..=rules.holders).map(NodeId).collect()],
+        moves: crate::tracking::Moves::default(),
     }
 }

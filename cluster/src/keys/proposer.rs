@@ -125,10 +125,12 @@ enum Vote {
     Accepted,
 }
 
+/// A home, and of which groups: bit `i` for the group of number `i`.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     node: NodeId,
     vote: Vote,
+    groups: u8,
 }
 
 /// What is proposed.
@@ -166,10 +168,12 @@ enum Phase {
 pub struct KeyOp {
     me: NodeId,
     goal: Goal,
-    /// How many must have a write, a majority at least.
+    /// How many of each group must have a write, a majority at least.
     needed: usize,
     deadline: Instant,
     places: Vec<Place>,
+    /// Homes of each group.
+    sizes: Vec<usize>,
     phase: Phase,
     /// The write left under this version, and was overruled.
     sent: Option<Version>,
@@ -183,23 +187,37 @@ pub struct KeyOp {
 }
 
 impl KeyOp {
-    /// An operation of the home `me` over the homes of a key. `needed` homes must have a write, and
-    /// never less than a majority. `seed` draws its pauses.
+    /// An operation of the home `me` over the homes of a key: those by which it is read, and while
+    /// its partition moves those that it is written to as well. Of each of these groups a majority
+    /// must agree. `needed` homes of each must have a write, and never less than a majority. `seed`
+    /// draws its pauses.
     #[must_use]
     pub fn new(
         me: NodeId,
-        homes: &[NodeId],
+        groups: &[&[NodeId]],
         goal: Goal,
         needed: usize,
         deadline: Instant,
         seed: u64,
     ) -> KeyOp {
+        let mut places: Vec<Place> = Vec::new();
+        for (group, homes) in groups.iter().enumerate() {
+            for node in *homes {
+                match places.iter_mut().find(|place| place.node == *node) {
+                    Some(place) => place.groups |= 1 << group,
+                    None => {
+                        places.push(Place { node: *node, vote: Vote::Silent, groups: 1 << group });
+                    }
+                }
+            }
+        }
         KeyOp {
             me,
             goal,
-            needed: needed.clamp(majority(homes.len()), homes.len()),
+            needed,
             deadline,
-            places: homes.iter().map(|node| Place { node: *node, vote: Vote::Silent }).collect(),
+            places,
+            sizes: groups.iter().map(|homes| homes.len()).collect(),
             phase: Phase::Waiting,
             sent: None,
             conflicts: 0,
@@ -381,8 +399,27 @@ impl KeyOp {
         }
     }
 
-    fn majority(&self) -> usize {
-        majority(self.places.len())
+    /// Homes of each group of which this holds, and how many there are.
+    fn by_group(&self, holds: impl Fn(&Vote) -> bool) -> impl Iterator<Item = (usize, usize)> {
+        self.sizes.iter().enumerate().map(move |(group, size)| {
+            let of_group = self.places.iter().filter(|place| place.groups & 1 << group != 0);
+            (of_group.filter(|place| holds(&place.vote)).count(), *size)
+        })
+    }
+
+    /// Whether it holds of a majority of each group.
+    fn have_majority(&self, holds: impl Fn(&Vote) -> bool) -> bool {
+        self.by_group(holds).all(|(count, size)| count >= majority(size))
+    }
+
+    /// Whether it holds of so many of a group that the others are no majority.
+    fn miss_majority(&self, holds: impl Fn(&Vote) -> bool) -> bool {
+        self.by_group(holds).any(|(count, size)| count > size - majority(size))
+    }
+
+    /// Whether a majority of each group shows this record.
+    fn is_chosen(&self, shown: &Shown, wall: WallMicros) -> bool {
+        self.have_majority(|vote| matches!(vote, Vote::Said(other) if other.agrees(shown, wall)))
     }
 
     fn count(&self, is_counted: impl Fn(&Vote) -> bool) -> usize {
@@ -456,9 +493,9 @@ impl KeyOp {
 
     /// A majority that holds the same record: that is chosen.
     fn look_at_answers(&mut self, moment: Moment, want: Want, out: &mut Vec<Step>) {
-        let (total, majority) = (self.places.len(), self.majority());
+        let is_said = |vote: &Vote| matches!(vote, Vote::Said(_));
         if let Some((from, shown, agreed)) = self.greatest(moment.wall)
-            && agreed >= majority
+            && self.is_chosen(&shown, moment.wall)
         {
             let own = self.shown().find(|(node, _)| *node == self.me);
             let is_here = own.is_some_and(|(_, own)| own.agrees(&shown, moment.wall));
@@ -469,13 +506,12 @@ impl KeyOp {
                 return self.end_as(from, agreed, out);
             }
         }
-        let failed = self.count(|vote| *vote == Vote::Failed);
-        let answered = self.shown().count();
-        if failed > total - majority {
+        let done = self.count(|vote| *vote == Vote::Failed) + self.count(is_said);
+        if self.miss_majority(|vote| *vote == Vote::Failed) {
             self.give_up(false, out);
-        } else if answered + failed == total {
+        } else if done == self.places.len() {
             self.settle(out);
-        } else if answered >= majority
+        } else if self.have_majority(is_said)
             && let Phase::Asking { patience, .. } = &mut self.phase
         {
             patience.get_or_insert(moment.now.after_nanos(PATIENCE_NANOS));
@@ -499,18 +535,18 @@ impl KeyOp {
         want: Want,
         out: &mut Vec<Step>,
     ) {
-        let most = self.places.len() - self.majority();
-        let failed = self.count(|vote| *vote == Vote::Failed);
-        let refused = self.count(|vote| *vote == Vote::Refused);
+        let is_failed = |vote: &Vote| *vote == Vote::Failed;
+        let is_lost = |vote: &Vote| matches!(vote, Vote::Failed | Vote::Refused);
+        let is_said = |vote: &Vote| matches!(vote, Vote::Said(_));
         let own = self.places.iter().find(|place| place.node == self.me);
         match own.map(|place| place.vote) {
-            Some(Vote::Said(_)) if self.shown().count() >= self.majority() => {
+            Some(Vote::Said(_)) if self.have_majority(is_said) => {
                 self.promised(moment, version, want, out);
             }
             Some(Vote::Refused) => self.retreat(moment, out),
             Some(Vote::Failed) | None => self.give_up(false, out),
-            _ if failed > most => self.give_up(false, out),
-            _ if failed + refused > most => self.retreat(moment, out),
+            _ if self.miss_majority(is_failed) => self.give_up(false, out),
+            _ if self.miss_majority(is_lost) => self.retreat(moment, out),
             _ => {}
         }
     }
@@ -518,7 +554,7 @@ impl KeyOp {
     /// A majority, this home among it, has promised the ballot.
     fn promised(&mut self, moment: Moment, version: Version, want: Want, out: &mut Vec<Step>) {
         let Some((from, shown, agreed)) = self.greatest(moment.wall) else { return };
-        let is_chosen = agreed >= self.majority();
+        let is_chosen = self.is_chosen(&shown, moment.wall);
         let answers = u8::try_from(agreed).unwrap_or(u8::MAX);
         let again = |then| (Step::ProposeSame(from), Proposal { version, then, is_own: false });
         let (step, proposal) = match (self.goal, self.sent) {
@@ -559,16 +595,16 @@ impl KeyOp {
 
     fn look_at_acceptance(&mut self, moment: Moment, proposal: Proposal, out: &mut Vec<Step>) {
         let acks = self.count(|vote| *vote == Vote::Accepted);
-        let lost = self.count(|vote| matches!(vote, Vote::Refused | Vote::Failed));
-        let needed = if proposal.is_own { self.needed } else { self.majority() };
-        if acks >= needed {
+        let needed = if proposal.is_own { self.needed } else { 0 };
+        let mut by_group = self.by_group(|vote| *vote == Vote::Accepted);
+        if by_group.all(|(count, size)| count >= needed.clamp(majority(size), size)) {
             let acks = u8::try_from(acks).unwrap_or(u8::MAX);
             return match proposal.then {
                 Ended::Written(version, _) => self.end(Ended::Written(version, acks), out),
                 then => self.end(then, out),
             };
         }
-        if lost > self.places.len() - self.majority() {
+        if self.miss_majority(|vote| matches!(vote, Vote::Refused | Vote::Failed)) {
             if proposal.is_own {
                 (self.sent, self.want_whole) = (Some(proposal.version), true);
                 #[cfg(test)]

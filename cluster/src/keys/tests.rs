@@ -477,7 +477,7 @@ impl World {
         let seed = self.below(u64::MAX);
         self.next += 1;
         let (op, broken) = (self.next, self.broken);
-        let mut machine = KeyOp::new(id(at), &nodes, goal, 0, deadline, seed);
+        let mut machine = KeyOp::new(id(at), &[&nodes], goal, 0, deadline, seed);
         if broken == Broken::Memory {
             machine.forgets_what_it_sent();
         }

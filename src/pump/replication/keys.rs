@@ -38,7 +38,6 @@ use annulus_net::wire::operation::{Operation as Request, WriteOptions};
 use annulus_net::wire::response::{Failure, ReadFacts, ValueRef, WriteFacts};
 use annulus_net::wire::status::Status;
 
-use super::EPOCH;
 use crate::namespaces::Namespace;
 use crate::pump::admission::Place;
 use crate::pump::execute::Target;
@@ -78,6 +77,8 @@ struct Operation {
     key: Vec<u8>,
     write: Option<Write>,
     version_only: bool,
+    /// The map by which it knows its homes.
+    epoch: u32,
     /// What was drawn and not used.
     version: Option<Version>,
     /// What is proposed.
@@ -333,14 +334,17 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(replication) = &mut self.replication else { return };
         let partition = begun.token.partition(replication.topology.partition_bits());
         let n = self.catalogue.get(begun.namespace).map_or(1, |namespace| namespace.n);
-        let homes = replication.topology.replicas(partition, n);
-        let own = replication.topology.own();
+        let topology = Rc::clone(&replication.topology);
+        let own = topology.own();
+        let homes = topology.replicas(partition, n);
+        let others = topology.other_replicas(partition, n);
+        let groups: Vec<&[NodeId]> = std::iter::once(homes).chain(others).collect();
         let keys = &mut replication.keys;
         keys.next_id += 1;
         let id = keys.next_id;
         // Neighbours pause differently.
         let seed = id.rotate_left(32) ^ u64::from(own.0);
-        let machine = KeyOp::new(own, homes, begun.goal, begun.needed, deadline, seed);
+        let machine = KeyOp::new(own, &groups, begun.goal, begun.needed, deadline, seed);
         let value = begun.write.as_ref().and_then(|write| write.value.as_ref());
         let bytes = begun.key.len() + value.map_or(0, Vec::len);
         keys.bytes += bytes;
@@ -355,6 +359,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             key: begun.key,
             write: begun.write,
             version_only: flags.has(OperationFlags::VERSION_ONLY),
+            epoch: topology.generation(),
             version: None,
             record: None,
             whole: BTreeMap::new(),
@@ -526,16 +531,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn ask_home(&mut self, to: NodeId, id: u64, ballot: Timestamp, want: Want) {
         let Some(replication) = &mut self.replication else { return };
         let Some(operation) = replication.keys.operations.get(&id) else { return };
-        let (token, namespace) = (operation.token, operation.namespace);
+        let (token, namespace, epoch) = (operation.token, operation.namespace, operation.epoch);
         let key = operation.key.clone();
         let ask = KeyAsk { ballot, token, namespace, key: &key, want };
         if to == replication.topology.own() {
-            return self.answer_ask(None, id, &ask);
+            return self.answer_ask(None, id, epoch, &ask);
         }
         let partition = token.partition(replication.topology.partition_bits());
         match replication.peer_shard(to, partition) {
             Some(to) => {
-                let message = PeerMessage::KeyAsk { id, epoch: EPOCH, ask };
+                let message = PeerMessage::KeyAsk { id, epoch, ask };
                 self.post(to, Lane::Foreground, &message);
             }
             None => self.home_failed(to, id),
@@ -583,9 +588,15 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     fn propose_record(&mut self, id: u64, same: Option<NodeId>) {
         let (moment, wall) = (self.moment(), self.wall);
         let Some(replication) = &mut self.replication else { return };
+        let confirmed = replication.moves.confirmed;
         let keys = &mut replication.keys;
         let Some(operation) = keys.operations.get_mut(&id) else { return };
         let Some(version) = operation.version else { return };
+        if operation.epoch < confirmed {
+            // Its homes are not the key's any more.
+            keys.tell(id, |machine, out| machine.not_proposed(moment, false, out));
+            return;
+        }
         if !keys.promises.borrow().accepts(operation.token, version.0) {
             keys.tell(id, |machine, out| machine.not_proposed(moment, true, out));
             return;
@@ -625,7 +636,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(operation) = replication.keys.operations.get(&id) else { return };
         let Some(record) = &operation.record else { return };
         let partition = record.token.partition(replication.topology.partition_bits());
-        let message = PeerMessage::KeyAccept { id, epoch: EPOCH, record: record.as_ref() };
+        let message =
+            PeerMessage::KeyAccept { id, epoch: operation.epoch, record: record.as_ref() };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         match replication.peer_shard(to, partition) {

@@ -41,7 +41,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         };
         self.metrics.borrow_mut().counters.peer_messages += 1;
-        let is_member = |pump: &Self| pump.topology().is_some_and(|it| it.node(from.node).is_some());
+        let is_member =
+            |pump: &Self| pump.topology().is_some_and(|it| it.node(from.node).is_some());
         if !is_member(self) {
             // It learns the map that it is not in from the settings, or this node the one with it.
             return match message {
@@ -50,9 +51,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             };
         }
         match message {
-            PeerMessage::Write { id, epoch, record, .. }
-                if self.is_fenced(epoch, record.token) =>
-            {
+            PeerMessage::Write { id, epoch, record, .. } if self.is_fenced(epoch, record.token) => {
                 if id != 0 {
                     let result = WriteResult::Refused(Status::UNAVAILABLE.0, Reason::Epoch);
                     self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
@@ -88,11 +87,15 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             answer @ (PeerMessage::Promise { .. } | PeerMessage::Accepted { .. }) => {
                 self.holder_answered(from.node, answer);
             }
-            PeerMessage::KeyAsk { id, ask, .. } => self.answer_ask(Some(from), id, &ask),
+            PeerMessage::KeyAsk { id, epoch, ask } => {
+                self.answer_ask(Some(from), id, epoch, &ask);
+            }
             PeerMessage::KeySaid { id, ballot, result } => {
                 self.key_said(from.node, id, ballot, &result);
             }
-            PeerMessage::KeyAccept { id, record, .. } => self.accept_record(from, id, &record),
+            PeerMessage::KeyAccept { id, epoch, record } => {
+                self.accept_record(from, id, epoch, &record);
+            }
             PeerMessage::Room { is_left } => self.take_room(from, is_left),
             PeerMessage::Moving { .. } => self.hear_moving(from, &message),
             background => self.exchange(from, &background, bytes),
@@ -101,7 +104,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     /// Whether a request comes of a map that is too old.
     #[inline]
-    fn is_fenced(&self, epoch: u32, token: Token) -> bool {
+    pub(super) fn is_fenced(&self, epoch: u32, token: Token) -> bool {
         let Some(replication) = &self.replication else { return false };
         replication.is_fenced(epoch, token.partition(self.map.partition_bits()))
     }

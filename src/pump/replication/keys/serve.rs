@@ -26,6 +26,8 @@ pub(in crate::pump) struct KeyRead {
     /// Another node, or this shard itself.
     from: Option<PeerShard>,
     id: u64,
+    /// Of the map that it was asked by.
+    epoch: u32,
     ballot: Timestamp,
     token: Token,
     want: Want,
@@ -38,6 +40,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         &mut self,
         from: Option<PeerShard>,
         id: u64,
+        epoch: u32,
         ask: &KeyAsk<'_>,
     ) {
         let KeyAsk { ballot, token, namespace, key, want } = *ask;
@@ -48,7 +51,11 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let Some(replication) = &self.replication else { return };
         let is_home = self.catalogue.get(namespace).is_some_and(|namespace| {
             namespace.mode == Mode::Linearizable
-                && replication.topology.is_home(partition, namespace.n)
+                && replication.topology.is_home_of(
+                    partition,
+                    namespace.n,
+                    replication.topology.own(),
+                )
         });
         let is_own = self.map.shard_of_partition(partition.0) == self.map.own();
         let is_token = token == Token::of_key(key, self.facts.welcome.hash_seed)
@@ -56,6 +63,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if !is_home || !is_own || !is_token {
             self.metrics.borrow_mut().counters.peer_refused += 1;
             return refuse(self, Status::BAD_REQUEST);
+        }
+        if self.is_fenced(epoch, token) {
+            if let Some(from) = from {
+                self.correct(from);
+            }
+            return refuse(self, Status::UNAVAILABLE);
         }
         let may_vote = self.shard.is_founded(partition) && self.shard.durability_window_ms() == 0;
         if !may_vote {
@@ -84,7 +97,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             match (probe, found) {
                 (Probe::Done(()), Some(found)) => {
                     let found = Ok(found);
-                    return self.key_read(KeyRead { from, id, ballot, token, want, found });
+                    return self.key_read(KeyRead { from, id, epoch, ballot, token, want, found });
                 }
                 (Probe::Pending(read), _) if ballot == Timestamp::ZERO => {
                     if self.tasks.len() >= TASKS_MAX {
@@ -93,7 +106,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                     return self.spawn(async move {
                         let found = read.finish(&shard).await;
                         let found = found.map(|found| found.record().map(|it| it.to_owned()));
-                        Done::KeyRead(KeyRead { from, id, ballot, token, want, found })
+                        Done::KeyRead(KeyRead { from, id, epoch, ballot, token, want, found })
                     });
                 }
                 _ => {}
@@ -111,13 +124,17 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
                 shard.get_taken(token, namespace, &key).await
             };
             let found = found.await;
-            Done::KeyRead(KeyRead { from, id, ballot, token, want, found })
+            Done::KeyRead(KeyRead { from, id, epoch, ballot, token, want, found })
         });
     }
 
     /// A key was read: its proposer is answered.
     pub(in crate::pump) fn key_read(&mut self, read: KeyRead) {
-        let KeyRead { from, id, ballot, token, want, found } = read;
+        let KeyRead { from, id, epoch, ballot, token, want, found } = read;
+        if self.is_fenced(epoch, token) {
+            let refused = KeyResult::Refused(Status::UNAVAILABLE.0);
+            return self.tell_proposer(from, id, ballot, &refused);
+        }
         let found = match found {
             Ok(found) => found,
             Err(error) => {
@@ -216,12 +233,17 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         &mut self,
         from: PeerShard,
         id: u64,
+        epoch: u32,
         record: &RecordRef<'_>,
     ) {
         let refuse = |pump: &mut Self, status: Status, reason| {
             let result = WriteResult::Refused(status.0, reason);
             pump.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });
         };
+        if self.is_fenced(epoch, record.token) {
+            self.correct(from);
+            return refuse(self, Status::UNAVAILABLE, Reason::Epoch);
+        }
         match self.check_peer_record(record) {
             Ok(Mode::Linearizable) if value::is_valid(record) => {}
             Ok(_) => {

@@ -33,3 +33,19 @@ fn namespaces_are_changed_by_all_nodes_at_once_and_never_fork() {
     }
     assert!(changes > 100, "{changes}");
 }
+
+#[test]
+fn keys_are_linearizable_registers_whatever_befalls_the_nodes() {
+    let (mut calls, mut answered) = (0, 0);
+    for seed in 0..60 {
+        match ClusterStory::draw_registers(seed).tell() {
+            Ok(told) => {
+                calls += told.calls;
+                answered += told.answered;
+            }
+            Err(found) => panic!("{found}"),
+        }
+    }
+    // Majorities are often missing, and calls short of time; but most come through.
+    assert!(answered * 2 > calls && answered > 5_000, "{answered} of {calls}");
+}

@@ -71,7 +71,6 @@ impl Promises {
     pub fn purge(&mut self, partition: PartitionId, floor: Timestamp) {
         let purged = self.purged.entry(partition).or_default();
         *purged = (*purged).max(floor);
-        self.raise(partition, floor);
     }
 
     /// Up to which stamp dead records of the token's partition may be gone.

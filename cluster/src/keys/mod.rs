@@ -8,7 +8,7 @@
 //! | accepted ballot and state | the key's record: its stamp is the ballot, the greatest wins |
 //! | promise, on disk | in memory, below a ceiling of stamps that is on disk; after a crash all keys are promised up to it |
 //! | a late ACCEPT | a record that sync, repair or refilling brings: taken only where a promise allows it |
-//! | removal of a register | the purge floor: ballots at or below it are refused, and no ballot that is out is below it |
+//! | removal of a register | the purge floor of the store's tombstones |
 //!
 //! ```text
 //! write: ballot = a stamp of this shard, drawn with its dot
@@ -26,10 +26,15 @@
 //! without it. A record that is known to be chosen may ([`Step::Learn`]).
 //!
 //! What of it is needed, each of which a test takes away to see histories break (`tests.rs`): the
-//! majorities; the promise; its ceiling on disk; its exact match at ACCEPT; the rule for late
-//! records; that all promises are barred when a home begins another life; that a home which lost
-//! its disk is silent until it has caught up; the floor under ballots once tombstones were purged;
-//! that a read with unequal answers settles them.
+//! promise; its ceiling on disk; the rule for late records; that all promises are barred when a
+//! home begins another life; that a home which lost its disk is silent until it has caught up; that
+//! a read with unequal answers settles them; that nothing passes for a tombstone but what the purge
+//! floor says; that a proposer knows its own overruled write again.
+//!
+//! Purges need no rule of their own. A proposer appends to its own log first, so its promise must
+//! stand at home; a tombstone goes when all homes have it, the proposer too, and by having it has
+//! broken its promise of any ballot below. What is drawn and not written yet holds back what this
+//! node says to be complete, hence the floor (`annulus_engine`, `shard/reserved.rs`).
 //!
 //! [`acceptor`] has the promises of a shard, [`proposer`] one operation of a client, [`value`] how
 //! a version outlives the ballot under which its value is put again.

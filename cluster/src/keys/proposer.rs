@@ -296,16 +296,20 @@ impl KeyOp {
         }
     }
 
-    /// A home has answered, and promised the ballot unless that is zero. Whether that is news: what
-    /// it showed is kept until it shows something that is.
+    /// A home has answered, and promised the ballot unless that is zero. `is_whole`: with the record,
+    /// not its head alone, which a question for the record is not answered by: it may be late, to an
+    /// earlier one. Whether it is news: what it showed is kept until it shows something that is.
     pub fn said(
         &mut self,
         moment: Moment,
         from: NodeId,
         ballot: Timestamp,
-        shown: Shown,
+        (shown, is_whole): (Shown, bool),
         out: &mut Vec<Step>,
     ) -> bool {
+        if matches!(self.phase, Phase::Asking { want: Want::Full, .. }) && !is_whole {
+            return false;
+        }
         if self.ballot() != Some(ballot) || !self.note(from, Vote::Said(shown)) {
             return false;
         }
@@ -659,5 +663,46 @@ impl KeyOp {
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         (z ^ (z >> 31)) % most.saturating_add(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use annulus_engine::model::{Dot, OriginId};
+
+    use crate::keys::Head;
+
+    fn moment(now: u64) -> Moment {
+        Moment { now: Instant(now), wall: WallMicros(1) }
+    }
+
+    fn shown(stamp: u64) -> Shown {
+        let stored = (Timestamp(stamp), Dot { origin: OriginId(1), sequence: stamp });
+        let head = Head { stored, version: stored, is_put: true, expiry_ms: 0 };
+        Shown { purged: Timestamp::ZERO, head: Some(head) }
+    }
+
+    /// Seed 1234 of the stories of registers: a read that found the homes different asked again for
+    /// the value, took a late head of its first question for an answer, and told "absent".
+    #[test]
+    fn a_late_head_does_not_answer_a_question_for_the_value() {
+        let homes = [NodeId(1), NodeId(2), NodeId(3)];
+        let mut op = KeyOp::new(NodeId(1), &homes, Goal::Read, 0, Instant(u64::MAX), 7);
+        let mut out = Vec::new();
+        op.begin(&mut out);
+        let zero = Timestamp::ZERO;
+        assert!(op.said(moment(0), NodeId(1), zero, (shown(5), true), &mut out));
+        assert!(op.said(moment(0), NodeId(2), zero, (shown(9), false), &mut out));
+        op.handle_timeout(moment(PATIENCE_NANOS), &mut out);
+        assert_eq!(out.pop(), Some(Step::Line));
+        op.turn_came(&mut out);
+        out.clear();
+        assert!(!op.said(moment(1), NodeId(3), zero, (shown(9), false), &mut out));
+        assert!(op.said(moment(1), NodeId(2), zero, (shown(9), true), &mut out));
+        assert_eq!(out, []);
+        assert!(op.said(moment(1), NodeId(3), zero, (shown(9), true), &mut out));
+        let read = Ended::Read { from: NodeId(3), answers: 2 };
+        assert_eq!(out, [Step::End(read)]);
     }
 }

@@ -33,10 +33,8 @@ enum Broken {
     Bar,
     /// A home that lost its disk votes at once.
     Founding,
-    /// Ballots below what was purged are not refused.
-    Floor,
-    /// Purges do not wait for versions that are out.
-    Reserved,
+    /// A tombstone is taken for the same as nothing, whatever was purged.
+    Purged,
     /// Reads believe the greatest of a majority.
     Settling,
     /// A proposer tries again though its write may be there.
@@ -116,9 +114,14 @@ impl Home {
     }
 
     /// No later write of this home is stamped at or below it.
-    fn promise(&self, broken: Broken) -> u64 {
-        let out = self.out.first().filter(|_| broken != Broken::Reserved);
-        self.clock.min(self.ceiling).min(out.map_or(u64::MAX, |out| out.0 - 1))
+    fn promise(&self) -> u64 {
+        let out = self.out.first().map_or(u64::MAX, |out| out.0 - 1);
+        self.clock.min(self.ceiling).min(out)
+    }
+
+    /// As it is told.
+    fn purged(&self, broken: Broken) -> Timestamp {
+        if broken == Broken::Purged { Timestamp::MAX } else { self.purged }
     }
 }
 
@@ -154,7 +157,7 @@ impl World {
             knows: BTreeSet::new(),
             mended: 0,
         };
-        let count = if world.below(4) == 0 { 5 } else { 3 };
+        let count = if world.below(3) == 0 { 5 } else { 3 };
         for _ in 0..count {
             let skew = [0, 0, 30, -30, 400][world.index(5)];
             world.homes.push(Home {
@@ -198,6 +201,14 @@ impl World {
         Moment { now: Instant(self.now), wall: WallMicros(1) }
     }
 
+    /// The log of a home takes a record.
+    fn log(&mut self, at: usize, rec: Rec) {
+        let home = &mut self.homes[at];
+        home.promises.merged(T, rec.stored.0);
+        home.clock = home.clock.max(rec.stored.0.0);
+        home.log.push(rec);
+    }
+
     fn tick(&mut self, home: usize) -> u64 {
         let (now, home) = (self.now / 1000, &mut self.homes[home]);
         let wall = now.saturating_add_signed(home.skew);
@@ -218,9 +229,14 @@ impl World {
 
     fn deliver(&mut self, message: Message) {
         let Message { from, to, lives, op, body } = message;
-        let is_now = (self.homes[from].life, self.homes[to].life) == lives;
-        if !is_now || !self.homes[to].is_up {
+        // What an earlier life has sent arrives until a later one is heard of.
+        let is_over =
+            self.knows.iter().any(|(at, of, life)| (*at, *of) == (to, from) && *life > lives.0);
+        if is_over || self.homes[to].life != lives.1 || !self.homes[to].is_up {
             return;
+        }
+        if lives.0 == self.homes[from].life && lives.0 > 1 {
+            self.hear(to, from);
         }
         match body {
             Body::Ask(ballot) => self.ask(message, ballot),
@@ -241,7 +257,7 @@ impl World {
                             expiry_ms: 0,
                         });
                         let shown = Shown { purged, head };
-                        if machine.said(moment, node, ballot, shown, &mut steps) {
+                        if machine.said(moment, node, ballot, (shown, true), &mut steps) {
                             op_of.whole.insert(node, rec);
                         }
                         let is_read = machine.goal() == Goal::Read;
@@ -270,7 +286,7 @@ impl World {
             return self.send(to, from, op, Body::Refused(ballot, Timestamp::ZERO));
         }
         if ballot == Timestamp::ZERO {
-            let (purged, rec) = (home.purged, home.visible());
+            let (purged, rec) = (home.purged(self.broken), home.visible());
             return self.send(to, from, op, Body::Said(ballot, purged, rec));
         }
         home.clock = home.clock.max(ballot.0);
@@ -288,7 +304,7 @@ impl World {
     fn grant(&mut self, message: Message, ballot: Timestamp) {
         let Message { from, to, op, .. } = message;
         let home = &mut self.homes[to];
-        let (purged, rec) = (home.purged, home.taken());
+        let (purged, rec) = (home.purged(self.broken), home.taken());
         let seen = rec.map_or(Timestamp::ZERO, |rec| rec.stored.0);
         let body = match seen < ballot && home.promises.grant(T, ballot) {
             true => Body::Said(ballot, purged, rec),
@@ -306,8 +322,8 @@ impl World {
         if !is_accepted {
             return self.send(to, from, op, Body::Refused(rec.stored.0, rec.stored.0));
         }
-        home.promises.merged(T, rec.stored.0);
-        home.log.push(rec);
+        self.log(to, rec);
+        let home = &mut self.homes[to];
         home.accepted.push((home.log.len(), message));
     }
 
@@ -400,8 +416,7 @@ impl World {
                     if let Some(rec) = rec
                         && home.taken().is_none_or(|taken| taken.stored < rec.stored)
                     {
-                        home.promises.merged(T, rec.stored.0);
-                        home.log.push(rec);
+                        self.log(at, rec);
                         self.mended += 1;
                     }
                 }
@@ -593,17 +608,15 @@ impl World {
             return;
         }
         if home.promises.may_merge(T, rec.stored.0) || broken == Broken::Late {
-            home.promises.merged(T, rec.stored.0);
-            home.log.push(rec);
+            self.log(at, rec);
         } else if home.ops.values().all(|op| op.event.is_some()) {
             self.begin(at, Goal::Mend, None);
         }
     }
 
     fn purge(&mut self) {
-        let broken = self.broken;
         let is_told = self.homes.iter().all(|home| home.is_up && home.founded);
-        let floor = self.homes.iter().map(|home| home.promise(broken)).min().unwrap();
+        let floor = self.homes.iter().map(|home| home.promise()).min().unwrap();
         // All that will ever be below it is everywhere.
         let records = || self.homes.iter().flat_map(|home| &home.log);
         let is_complete = records().filter(|rec| rec.stored.0.0 <= floor).all(|rec| {
@@ -623,9 +636,6 @@ impl World {
                 continue;
             }
             home.purged = floor;
-            if broken != Broken::Floor {
-                home.promises.purge(T.partition(3), floor);
-            }
             if is_dropped {
                 home.dropped = home.dropped.max(floor);
             }
@@ -636,6 +646,8 @@ impl World {
         self.now += self.below(200_000);
         let at = self.index(self.homes.len());
         let other = self.index(self.homes.len());
+        // With five homes a disk is lost early, with three later or never.
+        let rarely = if self.homes.len() == 5 { 1 } else { 3 };
         let founded = self.homes.iter().filter(|home| home.founded && home.is_up).count();
         match self.below(100) {
             0..8 if *calls > 0 && self.homes[at].is_up && self.homes[at].founded => {
@@ -649,15 +661,18 @@ impl World {
             }
             60..76 => self.sync(at),
             76 if self.homes[at].is_up && self.below(2) == 0 => self.crash(at, false),
-            77 if self.lost.is_none() && founded == self.homes.len() && self.below(3) == 0 => {
+            77 if self.lost.is_none() && founded == self.homes.len() && self.below(rarely) == 0 => {
                 self.lost = Some(at);
                 self.crash(at, true);
             }
             78..83 => self.homes[at].is_up = true,
             83..88 if self.homes[at].is_up && self.homes[other].is_up => self.hear(at, other),
             88..94 if self.homes[at].is_up && self.homes[other].is_up => self.pull(at, other),
-            94..97 => self.purge(),
-            97 if !self.homes[at].founded && self.homes[at].is_up => self.found(at),
+            94..97 if self.below(2) == 0 => self.purge(),
+            97 => {
+                let lost = self.homes.iter().position(|home| !home.founded && home.is_up);
+                lost.into_iter().for_each(|at| self.found(at));
+            }
             98 => self.homes[at].skew = [0, 30, -30, 400, -400][self.index(5)],
             _ => self.time(at),
         }
@@ -698,6 +713,71 @@ fn run(seed: u64, broken: Broken) -> (bool, usize, u64) {
     (is_linearizable(&world.history), answered, world.mended)
 }
 
+/// Delivers what `is_wanted` of the wire, and what follows to the same homes.
+fn deliver_all(world: &mut World, is_wanted: impl Fn(&Message) -> bool) {
+    while let Some(index) = world.wire.iter().position(&is_wanted) {
+        let message = world.wire.swap_remove(index);
+        world.deliver(message);
+        (0..world.homes.len()).for_each(|at| world.sync(at));
+    }
+}
+
+/// Whether a register stays one whose proposer was promised a ballot by a home that then loses its
+/// disk: the proposer crashes, and its ACCEPT comes to a third home when the first votes again.
+fn outlives_a_promise_of_a_lost_disk(broken: Broken) -> bool {
+    let seed = (0..).find(|seed| World::new(*seed, broken).homes.len() == 5).unwrap();
+    let mut world = World::new(seed, broken);
+    for home in &mut world.homes {
+        (home.ceiling, home.skew) = (1 << 50, 0);
+    }
+    let [lost, proposer, third, other, last] = [0, 1, 2, 3, 4];
+    world.homes[proposer].skew = 400;
+    let absent = Ask::Swap { from: None, to: 1 };
+    world.begin(proposer, Goal::Write(Expect::Absent), Some(absent));
+    let asked = world.wire.clone();
+    for message in asked.into_iter().filter(|it| [lost, third].contains(&it.to)) {
+        world.deliver(message);
+    }
+    world.wire.retain(|it| it.to == proposer);
+    for answer in std::mem::take(&mut world.wire) {
+        world.deliver(answer);
+    }
+    let accept = *world.wire.iter().find(|it| it.to == third).unwrap();
+    world.wire.clear();
+    world.crash(lost, true);
+    world.crash(proposer, false);
+    world.homes[proposer].log.clear();
+    world.homes[proposer].synced = 0;
+    (world.homes[lost].is_up, world.homes[proposer].is_up) = (true, true);
+    world.homes[lost].ceiling = 1 << 50;
+    (1..5).for_each(|at| world.hear(at, lost));
+    world.found(lost);
+    world.begin(other, Goal::Write(Expect::Always), Some(Ask::Put(2)));
+    let voters = [lost, other, last];
+    deliver_all(&mut world, |it| voters.contains(&it.from) && voters.contains(&it.to));
+    world.wire.clear();
+    world.deliver(accept);
+    world.sync(third);
+    world.now += MS;
+    world.begin(last, Goal::Read, Some(Ask::Read));
+    let readers = [lost, third, last];
+    let among = |it: &Message| readers.contains(&it.from) && readers.contains(&it.to);
+    for _ in 0..40 {
+        world.now += MS;
+        world.time(last);
+        deliver_all(&mut world, among);
+    }
+    assert_eq!(world.history[1].told, Told::Made);
+    assert!(matches!(world.history[2].told, Told::Value(_)), "{:?}", world.history);
+    is_linearizable(&world.history)
+}
+
+#[test]
+fn a_promise_of_a_lost_disk_is_not_built_upon() {
+    assert!(outlives_a_promise_of_a_lost_disk(Broken::Nothing));
+    assert!(!outlives_a_promise_of_a_lost_disk(Broken::Bar));
+}
+
 #[test]
 fn a_key_is_linearizable_through_crashes_lost_disks_late_records_and_purges() {
     let (mut answered, mut mended) = (0, 0);
@@ -717,15 +797,12 @@ fn each_rule_is_missed_when_it_is_left_out() {
         Broken::Promises,
         Broken::Ceiling,
         Broken::Late,
-        Broken::Bar,
         Broken::Founding,
-        Broken::Floor,
-        Broken::Reserved,
+        Broken::Purged,
         Broken::Settling,
         Broken::Memory,
     ] {
-        let missed = (0..20 * SEEDS).find(|seed| !run(*seed, broken).0);
-        eprintln!("DBG {broken:?} {missed:?}");
-        assert!(true || missed.is_some(), "{broken:?} is not missed");
+        let missed = (0..40 * SEEDS).find(|seed| !run(*seed, broken).0);
+        assert!(missed.is_some(), "{broken:?} is not missed");
     }
 }

@@ -386,6 +386,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let moment = self.moment();
         let Some(replication) = &mut self.replication else { return };
         let keys = &mut replication.keys;
+        let shown = (shown, whole.is_some());
         let is_news = keys.tell(id, |machine, out| machine.said(moment, from, ballot, shown, out));
         if let (Some(true), Some(whole), Some(operation)) =
             (is_news, whole, keys.operations.get_mut(&id))

@@ -431,7 +431,7 @@ mod kind {
     pub(super) const KEY_SAID: u8 = 37;
     pub(super) const KEY_ACCEPT: u8 = 38;
     pub(super) const ROOM: u8 = 20;
-    pub(super) const MOVING: u8 = 36;
+    pub(super) const MOVING: u8 = 21;
 }
 
 impl<'a> PeerMessage<'a> {

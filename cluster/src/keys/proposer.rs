@@ -600,8 +600,10 @@ impl KeyOp {
     fn look_at_acceptance(&mut self, moment: Moment, proposal: Proposal, out: &mut Vec<Step>) {
         let acks = self.count(|vote| *vote == Vote::Accepted);
         let needed = if proposal.is_own { self.needed } else { 0 };
-        let mut by_group = self.by_group(|vote| *vote == Vote::Accepted);
-        if by_group.all(|(count, size)| count >= needed.clamp(majority(size), size)) {
+        let has_enough = self
+            .by_group(|vote| *vote == Vote::Accepted)
+            .all(|(count, size)| count >= needed.clamp(majority(size), size));
+        if has_enough {
             let acks = u8::try_from(acks).unwrap_or(u8::MAX);
             return match proposal.then {
                 Ended::Written(version, _) => self.end(Ended::Written(version, acks), out),

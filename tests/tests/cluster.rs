@@ -33,3 +33,18 @@ fn namespaces_are_changed_by_all_nodes_at_once_and_never_fork() {
     }
     assert!(changes > 100, "{changes}");
 }
+
+/// Nodes join, leave and are replaced, while everything else befalls them. Of these seeds, seed 19
+/// lost a delete and seed 10 a value when a new owner was filled by a node that did not know it as a
+/// home; seed 2 waited for ever for a node that was given up.
+#[test]
+fn promises_hold_while_members_change_and_partitions_move() {
+    let mut answered = 0;
+    for seed in 0..40 {
+        match ClusterStory::draw_with_members(seed).tell() {
+            Ok(told) => answered += told.answered,
+            Err(found) => panic!("{found}"),
+        }
+    }
+    assert!(answered > 5_000, "{answered}");
+}

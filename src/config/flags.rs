@@ -162,9 +162,10 @@ options! {
     /// Whoever reaches the port then owns the data: only on a network of your own [default: false]
     insecure_public: bool, "ANNULUS_INSECURE_PUBLIC", "BOOL",
         [num_args = 0..=1, default_missing_value = "true", require_equals = true];
-    /// All members of a cluster by their peer addresses, this node among them; the same list for
-    /// every member. An entry may name place and weight: H:P@DC/RACK/100.
-    /// Fixed at the first start [default: none, a cluster of one]
+    /// To found a cluster: all its members by their peer addresses, this node among them, the same
+    /// list for every member; an entry may name place and weight: H:P@DC/RACK/100. To join one:
+    /// any member by the address that clients reach it at.
+    /// Read at the first start only [default: none, a cluster of one]
     join: AddressList, "ANNULUS_JOIN", "H:P,...";
     /// File whose content all members of a cluster share and nobody else has, 16 bytes or more.
     /// Identity and secrets of the cluster follow from it [default: from the list of members,

@@ -79,16 +79,17 @@ pub(super) async fn claim(
             dir.join(crate::namespaces::FILE_NAME).display()
         ));
     }
-    let (catalogue, own) = match (kept, &existing) {
+    let Begun { catalogue, own, shard_count } = match (kept, &existing) {
         // As it was left.
         (Some(kept), Some(found)) => {
             check_alone(&kept, config, dir)?;
-            (kept, found.node)
+            Begun { catalogue: kept, own: found.node, shard_count: None }
         }
-        (kept, _) => {
-            let begin = begin(node, kept)?;
-            begin.0.save(disk, dir).await.map_err(text)?;
-            begin
+        // A start that was cut short before it had an identity begins again.
+        _ => {
+            let begun = begin(node)?;
+            begun.catalogue.save(disk, dir).await.map_err(text)?;
+            begun
         }
     };
     let founding = catalogue.map().map(|map| map.founding);
@@ -123,7 +124,7 @@ pub(super) async fn claim(
                 partition_bits: catalogue
                     .map()
                     .map_or(config.partition_bits, |map| map.partition_bits),
-                shard_count: config.shard_count(None),
+                shard_count: shard_count.unwrap_or_else(|| config.shard_count(None)),
                 created: WallMicros(runtime.wall().0),
                 secret,
                 disk_total: space.total,
@@ -235,22 +236,23 @@ pub(super) fn random_numbers() -> Result<[u64; 3], String> {
     Ok([number(0), number(8), number(16)])
 }
 
+/// What a node begins with.
+pub(super) struct Begun {
+    pub(super) catalogue: Catalogue,
+    pub(super) own: OriginId,
+    /// As many as the other members have, if it joins them.
+    pub(super) shard_count: Option<u32>,
+}
+
 /// What a new directory begins with, and the id of its node: a node of its own, a member that founds
-/// a cluster with the others of its list, or one that joins a living cluster. `kept`: what a start
-/// left that was cut short, after it had become a member.
-fn begin(node: &Node, kept: Option<Catalogue>) -> Result<(Catalogue, OriginId), String> {
+/// a cluster with the others of its list, or one that joins a living cluster, which says how many
+/// shards it has.
+fn begin(node: &Node) -> Result<Begun, String> {
     let config = node.config();
     let (join, advertise) = (config.join.as_slice(), config.advertise.as_deref());
     let catalogue = Catalogue::new(config.compression);
     if join.is_empty() {
-        return Ok((catalogue, OriginId(1)));
-    }
-    if let Some(kept) = kept
-        && let Some(map) = kept.map()
-        && let Some(own) = map.members.iter().find(|it| it.info.peer == node.peer_name())
-    {
-        let own = OriginId(own.info.id.0);
-        return Ok((kept, own));
+        return Ok(Begun { catalogue, own: OriginId(1), shard_count: None });
     }
     if !Members::names(join, node.peer_address(), advertise) {
         return super::join::join(node);
@@ -259,7 +261,8 @@ fn begin(node: &Node, kept: Option<Catalogue>) -> Result<(Catalogue, OriginId), 
     let key = config.cluster_key(members.digest())?;
     let nodes = members.nodes().to_vec();
     let map = ClusterMap::found(key.cluster(), members.digest(), config.partition_bits, nodes);
-    Ok((catalogue.founded(map), OriginId(members.own().0)))
+    let own = OriginId(members.own().0);
+    Ok(Begun { catalogue: catalogue.founded(map), own, shard_count: None })
 }
 
 /// Refuses to make a node of its own a member.

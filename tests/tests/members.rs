@@ -22,7 +22,7 @@ const KEYS: u64 = 400;
 fn founded(base: u16, dir: &std::path::Path, index: u16, all: &str) -> Setup {
     let peer = format!("127.0.0.1:{}", base + index);
     Setup::new(dir.join(format!("node-{}", index + 1)))
-        .with("shards", if index == 0 { "2" } else { "1" })
+        .with("shards", "2")
         .with("partition-bits", "6")
         .with("peer-listen", &peer)
         .with("join", all)
@@ -89,7 +89,6 @@ fn a_node_joins_by_one_address_and_another_leaves_while_all_is_used() {
                 written.load(Ordering::Relaxed) > KEYS
             });
             let setup = Setup::new(dir.path().join("node-4"))
-                .with("shards", "2")
                 .with("peer-listen", &format!("127.0.0.1:{}", free_ports(1, 1)))
                 .with("join", &first[1].client.to_string());
             let joiner = setup.start();

@@ -165,7 +165,10 @@ impl ClusterStory {
             options.mix.levels.extend([Level::Quorum, Level::All]);
         }
         options.mix.flags = vec![OperationFlags::default()];
-        story
+        match options.nodes >= 3 && chance.one_in(3) {
+            true => story.with_members(&mut chance),
+            false => story,
+        }
     }
 
     /// A story of nodes that join, leave and are replaced, with all other troubles.
@@ -173,8 +176,14 @@ impl ClusterStory {
     pub fn draw_with_members(seed: u64) -> ClusterStory {
         let mut chance = Chance::new(seed ^ 0x3E3B);
         let mut story = ClusterStory::draw(seed);
+        story.options.nodes = [3, 3, 3, 4, 5][chance.index(5)];
+        story.with_members(&mut chance)
+    }
+
+    /// The same with nodes that come and go.
+    fn with_members(self, chance: &mut Chance) -> ClusterStory {
+        let mut story = self;
         let options = &mut story.options;
-        options.nodes = [3, 3, 3, 4, 5][chance.index(5)];
         options.spares = u32::try_from(chance.between(1, 3)).expect("a few");
         options.replicas = 3;
         options.clients = options.clients.min(4);

@@ -354,7 +354,8 @@ pub(crate) struct NsChangeArguments {
     /// Replicas that must answer a read [default: quorum].
     #[arg(long, value_name = "LEVEL")]
     pub(crate) r: Option<namespaces::Level>,
-    /// What happens to concurrent versions; fixed at creation [default: lww].
+    /// What happens to concurrent versions; fixed at creation [default: lww]. `linearizable`: there
+    /// are none, each key is a register; needs `--durability sync`, and fixes n.
     #[arg(long, value_enum)]
     pub(crate) mode: Option<Mode>,
     /// What happens when replicas cannot reach each other [default: ap; linearizable: cp].

@@ -435,11 +435,11 @@ impl KeyOp {
         let Some(place) = self.places.iter_mut().find(|place| place.node == from) else {
             return false;
         };
-        let is_news = match (place.vote, vote) {
-            (Vote::Silent, Vote::Said(_) | Vote::Refused | Vote::Accepted) => true,
-            (Vote::Said(_), Vote::Refused | Vote::Accepted) => true,
-            _ => false,
-        };
+        let is_news = matches!(
+            (place.vote, vote),
+            (Vote::Silent, Vote::Said(_) | Vote::Refused | Vote::Accepted)
+                | (Vote::Said(_), Vote::Refused | Vote::Accepted)
+        );
         if is_news {
             place.vote = vote;
             let answered = self.count(|vote| matches!(vote, Vote::Said(_) | Vote::Refused));

@@ -803,6 +803,7 @@ fn each_rule_is_missed_when_it_is_left_out() {
         Broken::Memory,
     ] {
         let missed = (0..40 * SEEDS).find(|seed| !run(*seed, broken).0);
+        println!("{broken:?} is missed by seed {missed:?}");
         assert!(missed.is_some(), "{broken:?} is not missed");
     }
 }

@@ -79,6 +79,8 @@ struct Operation {
     version_only: bool,
     /// The map by which it knows its homes.
     epoch: u32,
+    /// Every write up to it was here before anything was read.
+    as_of: Timestamp,
     /// What was drawn and not used.
     version: Option<Version>,
     /// What is proposed.
@@ -331,8 +333,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         origin: Option<Origin>,
     ) {
         let now = self.now;
+        let partition = begun.token.partition(self.map.partition_bits());
+        let (as_of, _) = self.standing(partition, begun.namespace);
         let Some(replication) = &mut self.replication else { return };
-        let partition = begun.token.partition(replication.topology.partition_bits());
         let n = self.catalogue.get(begun.namespace).map_or(1, |namespace| namespace.n);
         let topology = Rc::clone(&replication.topology);
         let own = topology.own();
@@ -360,6 +363,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             write: begun.write,
             version_only: flags.has(OperationFlags::VERSION_ONLY),
             epoch: topology.generation(),
+            as_of,
             version: None,
             record: None,
             whole: BTreeMap::new(),
@@ -687,13 +691,15 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
 
     fn answer_key(&mut self, operation: Operation, ended: Ended, wires: &mut dyn Wires) {
         let Some(origin) = operation.origin else { return };
-        let partition = operation.token.partition(self.map.partition_bits());
         match ended {
             Ended::Read { from, answers } => {
-                let (as_of, _) = self.standing(partition, operation.namespace);
                 let found = operation.whole.get(&from).and_then(Option::as_ref);
-                let facts =
-                    ReadFacts { as_of, answers, primaries: answers, ..ReadFacts::default() };
+                let facts = ReadFacts {
+                    as_of: operation.as_of,
+                    answers,
+                    primaries: answers,
+                    ..ReadFacts::default()
+                };
                 let found = found.map(Record::as_ref).filter(|found| found.is_live(self.wall));
                 let Some(found) = found else {
                     return self.answer(origin, &Answer::Read(facts, &[]), wires);

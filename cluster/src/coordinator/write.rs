@@ -196,10 +196,11 @@ impl WriteOp {
             return Decision::Wait;
         }
         place.state = state;
-        let acks = self.acks();
-        if self.is_answered || !self.requirement.is_met(acks) || !self.is_met_there() {
+        let is_met = self.requirement.is_met(self.acks_here()) && self.is_met_there();
+        if self.is_answered || !is_met {
             return Decision::Wait;
         }
+        let acks = self.acks();
         self.is_answered = true;
         Decision::Done(acks)
     }
@@ -254,10 +255,28 @@ impl WriteOp {
         }
     }
 
-    /// Who has it so far.
+    /// Who has it so far. While the partition moves, so many at least of the homes that reads ask now
+    /// and of those that they ask later: what a client reckons with.
     #[must_use]
     pub fn acks(&self) -> Acks {
+        let here = self.acks_here();
+        if self.other.is_none() {
+            return here;
+        }
+        let there = self.acks_there();
+        Acks {
+            total: here.total.min(there.total),
+            primary: here.primary.min(there.primary),
+            durable: here.durable.min(there.durable),
+        }
+    }
+
+    fn acks_here(&self) -> Acks {
         self.acks_of(Place::counts_here, |place| place.is_primary)
+    }
+
+    fn acks_there(&self) -> Acks {
+        self.acks_of(Place::counts_there, |place| place.is_other)
     }
 
     fn acks_of(&self, counts: fn(&Place) -> bool, is_home: fn(&Place) -> bool) -> Acks {
@@ -273,9 +292,7 @@ impl WriteOp {
 
     /// Whether enough of the other homes have it, if there are any.
     fn is_met_there(&self) -> bool {
-        self.other.is_none_or(|other| {
-            other.is_met(self.acks_of(Place::counts_there, |place| place.is_other))
-        })
+        self.other.is_none_or(|other| other.is_met(self.acks_there()))
     }
 
     fn may_be_met_there(&self) -> bool {

@@ -170,13 +170,16 @@ impl<D: Disk, R: Runtime> Shard<D, R> {
         }
     }
 
-    /// Whether this directory has once had all of the partition that a majority had: see
-    /// [`Shard::declare_own_void`], which is the first that can make it so. One that replaces a
-    /// lost directory has not, until then.
+    /// Whether this directory is not one that replaces a lost one and has not caught up since. It
+    /// begins with a gap in every partition; [`Shard::declare_own_void`] or [`Shard::forget_gap`]
+    /// close it when all is here that others have. Later gaps, of crashes, take nothing away that
+    /// was durable, and are told by what was declared void before. What was here and has moved away
+    /// leaves no gap: the partition may come back.
     #[must_use]
     pub fn is_founded(&self, partition: PartitionId) -> bool {
         let first = crate::recover::first_sequence(&self.state.identity, &self.state.options);
-        self.with_seen(partition, |seen| seen.of(self.state.identity.node).base() >= first)
+        !self.has_gap(partition)
+            || self.with_seen(partition, |seen| seen.of(self.state.identity.node).base() >= first)
     }
 }
 

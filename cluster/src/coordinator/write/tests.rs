@@ -225,6 +225,24 @@ fn two_of_three_are_enough_and_the_third_is_still_counted() {
     assert_eq!(op.acks().total, 3);
 }
 
+/// A client that has three acknowledgements may read from any one home: also when the homes have
+/// become others meanwhile (seed 11 of the members' story).
+#[test]
+fn while_the_partition_moves_no_more_acks_are_told_than_either_homes_have() {
+    let need = need(3, 2, 2, 2, false);
+    let homes = nodes(1..4);
+    let other = OtherHomes { homes: &homes, requirement: need };
+    let mut op =
+        WriteOp::plan_both(need, NodeId(0), &nodes(0..3), Some(other), &[], |_| true).unwrap();
+    assert_eq!(op.acked(NodeId(0), true), Decision::Wait);
+    assert_eq!(op.acked(NodeId(1), true), Decision::Wait, "only one of those that come");
+    let done = Acks { total: 2, primary: 2, durable: 2 };
+    assert_eq!(op.acked(NodeId(2), true), Decision::Done(done));
+    assert_eq!(op.acks(), done, "three of the old, two of the new");
+    assert_eq!(op.acked(NodeId(3), true), Decision::Wait);
+    assert_eq!(op.acks().total, 3);
+}
+
 #[test]
 fn an_ack_that_comes_twice_counts_once() {
     let need = need(3, 3, 3, 0, false);

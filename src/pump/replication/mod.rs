@@ -35,6 +35,7 @@ use std::rc::Rc;
 
 use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions};
 use annulus_cluster::message::PeerMessage;
+use annulus_cluster::moves::plan::Rules;
 use annulus_cluster::room::Room;
 use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
 use annulus_cluster::{NodeId, Topology};
@@ -68,6 +69,8 @@ pub struct ReplicationOptions {
     pub life: u64,
     /// Most bytes of copies that this shard keeps of partitions that it is no home of.
     pub room_bytes_max: u64,
+    /// By which partitions move: all of them, but in tests that show what each is for.
+    pub rules: Rules,
 }
 
 /// A message that leaves at the end of the turn.
@@ -142,9 +145,13 @@ impl Replication {
             coordinator.health_mut().set_linked(node.id, false);
         }
         let gossip = Gossip::new(&options.topology, options.life, map.own(), now);
-        let moves = Moves::new(options.topology.generation(), now);
-        let mut tracking =
-            Tracking::new(own, life_of_tracking(options.life, 0), tracking::Options::default(), shared);
+        let moves = Moves::new(options.topology.generation(), options.rules, now);
+        let mut tracking = Tracking::new(
+            own,
+            life_of_tracking(options.life, 0),
+            tracking::Options::default(),
+            shared,
+        );
         tracking.set_epoch(moves.confirmed);
         Replication {
             coordinator,

@@ -41,7 +41,8 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             }
         };
         self.metrics.borrow_mut().counters.peer_messages += 1;
-        let is_member = |pump: &Self| pump.topology().is_some_and(|it| it.node(from.node).is_some());
+        let is_member =
+            |pump: &Self| pump.topology().is_some_and(|it| it.node(from.node).is_some());
         if !is_member(self) {
             // It learns the map that it is not in from the settings, or this node the one with it.
             return match message {
@@ -50,9 +51,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             };
         }
         match message {
-            PeerMessage::Write { id, epoch, record, .. }
-                if self.is_fenced(epoch, record.token) =>
-            {
+            PeerMessage::Write { id, epoch, record, .. } if self.is_fenced(epoch, record.token) => {
                 if id != 0 {
                     let result = WriteResult::Refused(Status::UNAVAILABLE.0, Reason::Epoch);
                     self.post(from, Lane::Foreground, &PeerMessage::WriteDone { id, result });

@@ -50,11 +50,14 @@ fn promises_hold_while_members_change_and_partitions_move() {
     assert!(answered > 5_000, "{answered}");
 }
 
+/// A rule, and how it is left out.
+type LeftOut = (&'static str, fn(&mut Rules));
+
 /// Each rule by which partitions move is needed: without it one of these stories ends badly. That old
 /// homes must confirm is in the tests of the map itself.
 #[test]
 fn each_rule_of_the_moves_is_missed_when_it_is_left_out() {
-    let without: [(&str, fn(&mut Rules)); 3] = [
+    let without: [LeftOut; 3] = [
         ("new owners are ready", |rules| rules.new_owners_ready = false),
         ("fences", |rules| rules.fences = false),
         ("writes to both", |rules| rules.writes_to_both = false),

@@ -36,11 +36,7 @@ pub struct NodeInfo {
 struct Rings(Vec<Option<Ring>>);
 
 impl Rings {
-    fn new(
-        partition_bits: u32,
-        members: &[Member],
-        factors: &[u8],
-    ) -> Result<Rings, RingError> {
+    fn new(partition_bits: u32, members: &[Member], factors: &[u8]) -> Result<Rings, RingError> {
         let holding = members.iter().filter(|member| member.weight > Weight(0)).count();
         let mut rings = Vec::new();
         for factor in factors {
@@ -336,8 +332,8 @@ impl Topology {
             return None;
         }
         let mut old = self.homes_on(partition, place.at);
-        let is_new = !old.contains(&self.own)
-            && self.homes_on(partition, place.to).contains(&self.own);
+        let is_new =
+            !old.contains(&self.own) && self.homes_on(partition, place.to).contains(&self.own);
         old.retain(|node| !self.replaced.contains(node));
         is_new.then_some(old)
     }

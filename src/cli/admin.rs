@@ -12,18 +12,18 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use super::arguments::{
-    MemberArguments, RepairArguments, RingArguments, SnapshotArguments, SnapshotCommand, StatsArguments,
-    StatusArguments,
+    MemberArguments, RepairArguments, RingArguments, SnapshotArguments, SnapshotCommand,
+    StatsArguments, StatusArguments,
 };
 use super::data::{key, moment};
 use super::output::{Output, finish};
 use super::remote::{self, TIMEOUT_LONG, connect, failure};
 use super::{Exit, Failure, Outcome};
-use crate::member_commands::Which;
 use crate::commands::{
     Command, Named, RepairQuery, RepairReply, Replica, RingQuery, RingReply, SnapshotReply,
     SnapshotRow, StatusReply, check_snapshot_name,
 };
+use crate::member_commands::Which;
 use crate::units::Size;
 
 fn print_json(document: &impl serde::Serialize) -> Outcome {

@@ -25,11 +25,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use annulus_cluster::moves::ClusterMap;
 use annulus_engine::buffer::AlignedBuf;
 use annulus_engine::checksum;
 use annulus_engine::disk::{Disk, File, OpenMode, WriteMode};
 use annulus_engine::error::{Error, Result};
-use annulus_cluster::moves::ClusterMap;
 use annulus_engine::model::NamespaceId;
 use annulus_net::wire::codec::Reader as MapReader;
 

@@ -42,12 +42,8 @@ pub(super) fn join(node: &Node) -> Result<Begun, String> {
         )
     };
     let weight = (config.weight * Weight::ONE.0).div_ceil(100);
-    let join = Join {
-        peer: node.peer_name(),
-        dc: config.dc.clone(),
-        rack: config.rack.clone(),
-        weight,
-    };
+    let join =
+        Join { peer: node.peer_name(), dc: config.dc.clone(), rack: config.rack.clone(), weight };
     let wanted = config.shards;
     let arguments = serde_json::to_string(&join).map_err(|error| failed(error.to_string()))?;
     // The driver blocks, and this is a shard's thread; nothing else runs on it yet.
@@ -69,9 +65,9 @@ pub(super) fn join(node: &Node) -> Result<Begun, String> {
         Ok((reply, theirs))
     });
     let asking = asking.map_err(|error| failed(error.to_string()))?;
-    let (reply, shards) = asking.join().map_err(|_| failed("it panicked".to_owned()))?.map_err(failed)?;
-    let joined: Joined =
-        serde_json::from_str(&reply).map_err(|error| failed(error.to_string()))?;
+    let (reply, shards) =
+        asking.join().map_err(|_| failed("it panicked".to_owned()))?.map_err(failed)?;
+    let joined: Joined = serde_json::from_str(&reply).map_err(|error| failed(error.to_string()))?;
     let bytes = STANDARD.decode(&joined.catalogue_base64).map_err(|e| failed(e.to_string()))?;
     let path = config.data_dir.join(crate::namespaces::FILE_NAME);
     let catalogue = Catalogue::decode(&bytes, &path).map_err(|error| failed(error.to_string()))?;

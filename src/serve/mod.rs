@@ -232,7 +232,9 @@ fn next(
             return told;
         }
         if node.is_removed() {
-            tracing::info!("this node is no member of its cluster any more: it holds nothing, and ends");
+            tracing::info!(
+                "this node is no member of its cluster any more: it holds nothing, and ends"
+            );
             return Told::Stop;
         }
         if let Some(index) = threads.iter().position(|(_, thread)| thread.is_finished()) {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use annulus_cluster::message::MESSAGE_SIZE_MAX;
+use annulus_cluster::moves::plan::Rules;
 use annulus_cluster::tracking::PeerShard;
 use annulus_cluster::{NodeId, Topology};
 use annulus_engine::driver::{HostOptions, Ring, RingDisk, ShardRuntime, Turn, drive, host};
@@ -237,6 +238,7 @@ fn replication(node: &Node, facts: &NodeFacts) -> Result<Option<ReplicationOptio
         topology: Rc::new(topology),
         life: facts.life,
         room_bytes_max: room,
+        rules: Rules::ALL,
     }))
 }
 

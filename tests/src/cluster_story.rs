@@ -6,6 +6,7 @@
 //!
 //! Invariant: a story follows from its seed; whatever it finds comes with the history of the key.
 
+use annulus_cluster::moves::plan::Rules;
 use annulus_engine::options::Durability;
 use annulus_engine::sim::Chance;
 use annulus_net::wire::fields::{Level, OperationFlags};
@@ -99,6 +100,7 @@ impl ClusterStory {
             seed,
             nodes,
             spares: 0,
+            rules: Rules::ALL,
             shards,
             replicas,
             durability,
@@ -317,7 +319,9 @@ impl ClusterStory {
         let mut differences = Vec::new();
         for millis in [2_000, 4_000, 8_000, 16_000, 30_000] {
             cluster.drive(millis * MS);
-            if let Some(node) = cluster.member_numbers().into_iter().find(|node| !cluster.is_up(*node)) {
+            if let Some(node) =
+                cluster.member_numbers().into_iter().find(|node| !cluster.is_up(*node))
+            {
                 let what = format!("node {node} ended although nothing was wrong with it");
                 return Err(self.report(cluster, &what, &cluster.violations()));
             }

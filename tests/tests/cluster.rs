@@ -1,5 +1,6 @@
 //! Whole nodes in the simulated world, a fixed set of seeds; see `cluster_story.rs`.
 
+use annulus_cluster::moves::plan::Rules;
 use annulus_tests::cluster_story::ClusterStory;
 
 #[test]
@@ -63,4 +64,27 @@ fn promises_hold_while_members_change_and_partitions_move() {
         }
     }
     assert!(answered > 5_000, "{answered}");
+}
+
+/// A rule, and how it is left out.
+type LeftOut = (&'static str, fn(&mut Rules));
+
+/// Each rule by which partitions move is needed: without it one of these stories ends badly. That old
+/// homes must confirm is in the tests of the map itself.
+#[test]
+fn each_rule_of_the_moves_is_missed_when_it_is_left_out() {
+    let without: [LeftOut; 3] = [
+        ("new owners are ready", |rules| rules.new_owners_ready = false),
+        ("fences", |rules| rules.fences = false),
+        ("writes to both", |rules| rules.writes_to_both = false),
+    ];
+    for (name, leave_out) in without {
+        let is_missed = |seed: u64| {
+            let mut story = ClusterStory::draw_with_members(seed);
+            leave_out(&mut story.options.rules);
+            story.tell().is_err()
+        };
+        let found = (0..200).find(|seed| is_missed(*seed));
+        assert!(found.is_some(), "{name}");
+    }
 }

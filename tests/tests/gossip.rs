@@ -21,6 +21,7 @@ fn started(seed: u64, nodes: u32) -> SimCluster {
         seed,
         nodes,
         spares: 0,
+        rules: annulus_cluster::moves::plan::Rules::ALL,
         shards: SHARDS,
         replicas: u8::try_from(nodes.min(3)).expect("at most three"),
         durability: Durability::Sync,

@@ -20,6 +20,7 @@ fn cluster(primary: Level) -> SimCluster {
         seed: 34,
         nodes: NODES,
         spares: 0,
+        rules: annulus_cluster::moves::plan::Rules::ALL,
         shards: 1,
         replicas: 3,
         durability: Durability::Sync,

@@ -57,8 +57,7 @@ fn a_node_joins_by_one_address_and_another_leaves_while_all_is_used() {
     let all = all.join(",");
     let mut first: Vec<Server> = thread::scope(|scope| {
         let start = |index| founded(base, dir.path(), index, &all).start();
-        let starting: Vec<_> =
-            (0..3).map(|index| scope.spawn(move || start(index))).collect();
+        let starting: Vec<_> = (0..3).map(|index| scope.spawn(move || start(index))).collect();
         starting.into_iter().map(|it| it.join().unwrap()).collect()
     });
     eventually("the three know one another", SETTLED, || is_settled(&first[0], 3));

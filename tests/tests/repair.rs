@@ -39,6 +39,7 @@ fn cluster() -> SimCluster {
         seed: 11,
         nodes: 3,
         spares: 0,
+        rules: annulus_cluster::moves::plan::Rules::ALL,
         shards: 1,
         replicas: 3,
         durability: Durability::Sync,

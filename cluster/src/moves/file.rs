@@ -10,9 +10,7 @@
 use annulus_engine::model::token::PARTITION_BITS_MAX;
 use annulus_net::wire::codec::{Malformed, Reader, Write};
 
-use super::{
-    ClusterMap, LAYOUTS_MAX, Layout, MEMBERS_MAX, MapMember, MemberState, Place, Stage,
-};
+use super::{ClusterMap, LAYOUTS_MAX, Layout, MEMBERS_MAX, MapMember, MemberState, Place, Stage};
 use crate::member::{NodeId, Weight};
 use crate::topology::NodeInfo;
 

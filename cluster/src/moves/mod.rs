@@ -140,7 +140,9 @@ pub type Layout = Vec<(NodeId, Weight)>;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// The address is another member's.
-    #[error("{address} is the address of member {node}: give the new node another, or `annulus replace {node}` first")]
+    #[error(
+        "{address} is the address of member {node}: give the new node another, or `annulus replace {node}` first"
+    )]
     AddressTaken {
         /// The address.
         address: String,
@@ -159,7 +161,9 @@ pub enum Refused {
         state: &'static str,
     },
     /// Too few would be left.
-    #[error("{left} nodes would be left, but a namespace has n={copies}: let another node join first, or lower n with `annulus ns set`")]
+    #[error(
+        "{left} nodes would be left, but a namespace has n={copies}: let another node join first, or lower n with `annulus ns set`"
+    )]
     TooFew {
         /// Nodes that would be left to hold data.
         left: usize,
@@ -167,7 +171,9 @@ pub enum Refused {
         copies: u8,
     },
     /// Members have changed too often while partitions move.
-    #[error("partitions still move because of {LAYOUTS_MAX} earlier changes of members: try again when `annulus status` says that they have")]
+    #[error(
+        "partitions still move because of {LAYOUTS_MAX} earlier changes of members: try again when `annulus status` says that they have"
+    )]
     TooMany,
 }
 

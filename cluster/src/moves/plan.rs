@@ -37,12 +37,21 @@ pub struct Rules {
     pub new_owners_ready: bool,
     /// There is a stage in which both are written to and the new are read.
     pub read_new_first: bool,
+    /// Replicas refuse requests of maps before the one that they have confirmed.
+    pub fences: bool,
+    /// Writes come to the other homes as well while a partition moves, each level of them.
+    pub writes_to_both: bool,
 }
 
 impl Rules {
     /// All of them.
-    pub const ALL: Rules =
-        Rules { old_homes_confirm: true, new_owners_ready: true, read_new_first: true };
+    pub const ALL: Rules = Rules {
+        old_homes_confirm: true,
+        new_owners_ready: true,
+        read_new_first: true,
+        fences: true,
+        writes_to_both: true,
+    };
 }
 
 /// The map that should follow; `None` while there is nothing to do, or nodes must be waited for.

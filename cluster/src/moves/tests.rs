@@ -1,3 +1,6 @@
+//! The map of members by itself: joins, leaves and replacements, step by step, with nodes that are well,
+//! silent or not ready.
+
 use std::collections::BTreeMap;
 
 use annulus_net::wire::codec::Reader;
@@ -128,6 +131,10 @@ fn a_silent_old_home_holds_a_move_up_until_it_is_replaced() {
     map.join(info(9)).unwrap();
     settle(&mut map, &[3], |_, _| {});
     assert!(!map.is_settled() && map.partitions_left() > 0);
+    let trusting = Rules { old_homes_confirm: false, ..Rules::ALL };
+    let at =
+        |map: &ClusterMap, rules| next(map, CLUSTER, &topology(map, 1), &well(map, &[3]), rules);
+    assert!(at(&map, Rules::ALL).is_none() && at(&map, trusting).is_some(), "the rule does it");
     map.replace(NodeId(3), 3).unwrap();
     settle(&mut map, &[3], |_, _| {});
     assert!(map.is_settled() && map.is_removed(NodeId(3)));

@@ -11,8 +11,8 @@
 
 use annulus_cluster::NodeId;
 use annulus_cluster::coordinator::{
-    Acks, Action, Defaults, Failure as Lack, Finished, Freshness, Moment, OpId, OtherHomes, Outcome as Ended,
-    ReadRequest, Requirement, WriteOp,
+    Acks, Action, Defaults, Failure as Lack, Finished, Freshness, Moment, OpId, OtherHomes,
+    Outcome as Ended, ReadRequest, Requirement, WriteOp,
 };
 use annulus_cluster::message::{PeerMessage, ReadResult, Want, WriteResult};
 use annulus_cluster::room::size_of;
@@ -31,12 +31,12 @@ use annulus_net::wire::request::Refusal;
 use annulus_net::wire::response::{Failure, ReadFacts, WriteFacts};
 use annulus_net::wire::status::Status;
 
+use super::Letter;
 use super::exchange::View;
 use super::forward::micros_until;
 use super::keys::Keys;
 use super::standin::NoRoom;
 use super::trace::Trace;
-use super::Letter;
 use crate::namespaces::{Availability, Mode, Namespace};
 use crate::pump::admission::Place;
 use crate::pump::execute::{Target, failure_of, sign, with_values};
@@ -154,7 +154,10 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let homes = topology.replicas(partition, namespace.n);
         let copies = u8::try_from(homes.len()).unwrap_or(u8::MAX);
         let is_home = homes.contains(&topology.own());
-        let others = topology.other_replicas(partition, namespace.n);
+        let others = match replication.moves.rules.writes_to_both {
+            true => topology.other_replicas(partition, namespace.n),
+            false => None,
+        };
         if topology.node(topology.own()).is_none() {
             let what = "this node is no member any more: ask another";
             return refuse(self, target, Failure::new(Status::UNAVAILABLE, what));
@@ -276,8 +279,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         }
         let Some(replication) = &mut self.replication else { return };
         let coordinator = &mut replication.coordinator;
-        let plan =
-            coordinator.plan_write_to_both(self.now, requirement, homes, other, fallbacks);
+        let plan = coordinator.plan_write_to_both(self.now, requirement, homes, other, fallbacks);
         let plan = match plan {
             Ok(plan) => plan,
             Err(refusal) => {

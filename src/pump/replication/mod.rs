@@ -37,6 +37,7 @@ use std::rc::Rc;
 
 use annulus_cluster::coordinator::{Action, Coordinator, CoordinatorOptions};
 use annulus_cluster::message::PeerMessage;
+use annulus_cluster::moves::plan::Rules;
 use annulus_cluster::room::Room;
 use annulus_cluster::tracking::{self, PeerShard, Shared, Tracking};
 use annulus_cluster::{NodeId, Topology};
@@ -72,6 +73,8 @@ pub struct ReplicationOptions {
     pub life: u64,
     /// Most bytes of copies that this shard keeps of partitions that it is no home of.
     pub room_bytes_max: u64,
+    /// By which partitions move: all of them, but in tests that show what each is for.
+    pub rules: Rules,
 }
 
 /// A message that leaves at the end of the turn.
@@ -149,9 +152,13 @@ impl Replication {
         }
         let keys = Keys::new(options.topology.partition_bits(), floor, first_id);
         let gossip = Gossip::new(&options.topology, options.life, map.own(), now);
-        let moves = Moves::new(options.topology.generation(), now);
-        let mut tracking =
-            Tracking::new(own, life_of_tracking(options.life, 0), tracking::Options::default(), shared);
+        let moves = Moves::new(options.topology.generation(), options.rules, now);
+        let mut tracking = Tracking::new(
+            own,
+            life_of_tracking(options.life, 0),
+            tracking::Options::default(),
+            shared,
+        );
         tracking.set_epoch(moves.confirmed);
         Replication {
             coordinator,

@@ -58,6 +58,7 @@ pub struct Report {
 /// What this shard knows of the moves.
 #[derive(Debug)]
 pub(super) struct Moves {
+    pub(super) rules: Rules,
     /// The map below which requests are refused.
     pub(super) confirmed: u32,
     /// When the present one was taken over, and which tasks had begun by then.
@@ -76,8 +77,9 @@ pub(super) struct Moves {
 }
 
 impl Moves {
-    pub(super) fn new(generation: u32, now: Instant) -> Moves {
+    pub(super) fn new(generation: u32, rules: Rules, now: Instant) -> Moves {
         Moves {
+            rules,
             // Nothing is under way yet that an older map has begun.
             confirmed: generation,
             taken_over: None,
@@ -102,6 +104,9 @@ impl Replication {
     /// Whether a request of this map is too old to be carried out for the partition.
     pub(super) fn is_fenced(&self, epoch: u32, partition: PartitionId) -> bool {
         let moves = &self.moves;
+        if !moves.rules.fences {
+            return false;
+        }
         epoch < moves.confirmed
             // A new owner takes nothing from whoever does not write to it as such.
             || moves.coming.get(&partition).is_some_and(|since| epoch < *since)
@@ -146,7 +151,12 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let given_up: Vec<u64> = replication
             .sessions
             .iter()
-            .filter(|session| !replication.topology.holders(session.partition).contains(&replication.topology.own()))
+            .filter(|session| {
+                !replication
+                    .topology
+                    .holders(session.partition)
+                    .contains(&replication.topology.own())
+            })
             .map(|session| session.id)
             .collect();
         replication.moves.next_report = now;
@@ -326,7 +336,9 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         if map.generation != replication.topology.generation() {
             return;
         }
-        let Some(step) = next(map, cluster, &replication.topology, &standings, Rules::ALL) else {
+        let Some(step) =
+            next(map, cluster, &replication.topology, &standings, replication.moves.rules)
+        else {
             return;
         };
         replication.moves.next_step = now.after_nanos(STEP_NANOS);

@@ -232,6 +232,7 @@ impl Cluster {
                 topology: topology(id, count),
                 life: 1,
                 room_bytes_max: u64::MAX,
+                rules: annulus_cluster::moves::plan::Rules::ALL,
             }),
         };
         let mut pump = Pump::new(shard.expect("the shard opens"), runtime, options);

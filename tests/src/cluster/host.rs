@@ -15,6 +15,7 @@ use annulus::pump::{
     ConnectionKey, Lane, Message, Pump, PumpOptions, ReplicationOptions, ShardMap, Verdict,
     Wires as _,
 };
+use annulus_cluster::moves::plan::Rules;
 use annulus_cluster::tracking::PeerShard;
 use annulus_cluster::{NodeId, Topology};
 use annulus_engine::Result;
@@ -72,6 +73,8 @@ pub(super) struct Common {
     pub(super) options: Options,
     /// Of copies that a shard keeps for others.
     pub(super) room_bytes_max: u64,
+    /// By which partitions move.
+    pub(super) rules: Rules,
     /// By node, what it begins with on a new disk; none for one that has not joined.
     pub(super) catalogues: Vec<Option<Rc<Catalogue>>>,
     /// Of the catalogues of all nodes, ever.
@@ -405,6 +408,7 @@ impl Host {
                     topology: Rc::new(topology.expect("a few equal members have a ring")),
                     life: self.life,
                     room_bytes_max: common.room_bytes_max,
+                    rules: common.rules,
                 }
             }),
         }

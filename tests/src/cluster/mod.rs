@@ -31,6 +31,7 @@ use annulus::namespaces::{Catalogue, Level as NamespaceLevel, Mode as NamespaceM
 use annulus::pump::ConnectionKey;
 use annulus_cluster::membership::{MemberView, Status};
 use annulus_cluster::moves::ClusterMap;
+use annulus_cluster::moves::plan::Rules as MoveRules;
 use annulus_cluster::{NodeInfo, Topology, Weight};
 use annulus_engine::model::{Instant, NamespaceId, PartitionId, RecordRef};
 use annulus_engine::options::{Durability, Options};
@@ -72,6 +73,8 @@ pub struct ClusterOptions {
     pub nodes: u32,
     /// Nodes that may join later.
     pub spares: u32,
+    /// By which partitions move.
+    pub rules: MoveRules,
     /// Shards of each.
     pub shards: u32,
     /// Copies of each record, at most `nodes`.
@@ -170,6 +173,7 @@ impl SimCluster {
             shards: options.shards,
             options: engine,
             room_bytes_max: options.room_bytes_max,
+            rules: options.rules,
             catalogues: (0..all).map(|it| (it < options.nodes).then(|| first.clone())).collect(),
             generations: Rc::default(),
         };
@@ -439,8 +443,7 @@ impl SimCluster {
     /// Begins to start a node. Nothing if it runs.
     pub fn start(&mut self, node: u32) {
         let now = self.now();
-        if !self.member_numbers().contains(&node)
-            || self.common.catalogues[node as usize].is_none()
+        if !self.member_numbers().contains(&node) || self.common.catalogues[node as usize].is_none()
         {
             return;
         }
@@ -885,7 +888,11 @@ fn summary(map: &ClusterMap) -> String {
         .map(|place| format!("{}{:?}{}", place.at, place.stage, place.to))
         .collect();
     let holders = (&map.holders, &map.former);
-    format!("{}: layouts {nodes:?}, ids of holders {holders:?}, {}", map.generation, places.join(" "))
+    format!(
+        "{}: layouts {nodes:?}, ids of holders {holders:?}, {}",
+        map.generation,
+        places.join(" ")
+    )
 }
 
 fn which(node: u32) -> String {

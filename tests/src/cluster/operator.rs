@@ -216,7 +216,9 @@ impl Operator {
     fn settle(&mut self, ask: Ask, told: Told) {
         if let Some(script) = &mut self.script {
             let is_over = matches!(told, Told::Done(_) | Told::Refused);
-            if is_over && script.front().is_some_and(|front| ask == Ask::Members(front.0, front.1.clone())) {
+            if is_over
+                && script.front().is_some_and(|front| ask == Ask::Members(front.0, front.1.clone()))
+            {
                 script.pop_front();
             }
             return;

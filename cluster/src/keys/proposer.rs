@@ -46,8 +46,10 @@ pub enum Goal {
     Read,
     /// A put or delete.
     Write(Expect),
-    /// This home is to hold what was chosen.
-    Mend,
+    /// This home is to hold what was chosen, and what it holds then is no older than this stamp: that
+    /// of a record which came late and some home has. Where none so new was chosen, what was is put
+    /// again above it, or that home would differ from the others for ever.
+    Mend(Timestamp),
 }
 
 /// What the caller is to do.
@@ -221,7 +223,7 @@ impl KeyOp {
             phase: Phase::Waiting,
             sent: None,
             conflicts: 0,
-            want_whole: goal == Goal::Mend,
+            want_whole: matches!(goal, Goal::Mend(_)),
             answered: 0,
             chance: seed,
             #[cfg(test)]
@@ -268,7 +270,7 @@ impl KeyOp {
     pub fn begin(&mut self, out: &mut Vec<Step>) {
         match self.goal {
             Goal::Read => self.ask(Version::default(), Want::Digest, out),
-            Goal::Write(_) | Goal::Mend => out.push(Step::Line),
+            Goal::Write(_) | Goal::Mend(_) => out.push(Step::Line),
         }
     }
 
@@ -421,6 +423,14 @@ impl KeyOp {
         self.by_group(holds).any(|(count, size)| count > size - majority(size))
     }
 
+    /// Whether it supersedes what came late.
+    fn is_new_enough(&self, shown: &Shown) -> bool {
+        match self.goal {
+            Goal::Mend(late) => shown.head.map_or(shown.purged, |head| head.stored.0) >= late,
+            Goal::Read | Goal::Write(_) => true,
+        }
+    }
+
     /// Whether a majority of each group shows this record.
     fn is_chosen(&self, shown: &Shown, wall: WallMicros) -> bool {
         self.have_majority(|vote| matches!(vote, Vote::Said(other) if other.agrees(shown, wall)))
@@ -500,11 +510,12 @@ impl KeyOp {
         let is_said = |vote: &Vote| matches!(vote, Vote::Said(_));
         if let Some((from, shown, agreed)) = self.greatest(moment.wall)
             && self.is_chosen(&shown, moment.wall)
+            && self.is_new_enough(&shown)
         {
             let own = self.shown().find(|(node, _)| *node == self.me);
             let is_here = own.is_some_and(|(_, own)| own.agrees(&shown, moment.wall));
             if is_here || want == Want::Full {
-                if !is_here && (own.is_some() || self.goal == Goal::Mend) {
+                if !is_here && (own.is_some() || matches!(self.goal, Goal::Mend(_))) {
                     out.push(Step::Learn(from));
                 }
                 return self.end_as(from, agreed, out);
@@ -558,12 +569,12 @@ impl KeyOp {
     /// A majority, this home among it, has promised the ballot.
     fn promised(&mut self, moment: Moment, version: Version, want: Want, out: &mut Vec<Step>) {
         let Some((from, shown, agreed)) = self.greatest(moment.wall) else { return };
-        let is_chosen = self.is_chosen(&shown, moment.wall);
+        let is_chosen = self.is_chosen(&shown, moment.wall) && self.is_new_enough(&shown);
         let answers = u8::try_from(agreed).unwrap_or(u8::MAX);
         let again = |then| (Step::ProposeSame(from), Proposal { version, then, is_own: false });
         let (step, proposal) = match (self.goal, self.sent) {
-            (Goal::Read | Goal::Mend, _) if is_chosen => return self.end_as(from, agreed, out),
-            (Goal::Mend, _) => again(Ended::Mended),
+            (Goal::Read | Goal::Mend(_), _) if is_chosen => return self.end_as(from, agreed, out),
+            (Goal::Mend(_), _) => again(Ended::Mended),
             (Goal::Read, _) => again(Ended::Read { from, answers }),
             (Goal::Write(_), Some(sent)) => {
                 let is_made = shown.head.is_some_and(|head| head.version == sent);
@@ -648,7 +659,7 @@ impl KeyOp {
     fn end_as(&mut self, from: NodeId, agreed: usize, out: &mut Vec<Step>) {
         let answers = u8::try_from(agreed).unwrap_or(u8::MAX);
         match self.goal {
-            Goal::Mend => self.end(Ended::Mended, out),
+            Goal::Mend(_) => self.end(Ended::Mended, out),
             Goal::Read | Goal::Write(_) => self.end(Ended::Read { from, answers }, out),
         }
     }

@@ -610,7 +610,7 @@ impl World {
         if home.promises.may_merge(T, rec.stored.0) || broken == Broken::Late {
             self.log(at, rec);
         } else if home.ops.values().all(|op| op.event.is_some()) {
-            self.begin(at, Goal::Mend, None);
+            self.begin(at, Goal::Mend(rec.stored.0), None);
         }
     }
 

@@ -351,7 +351,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let value = begun.write.as_ref().and_then(|write| write.value.as_ref());
         let bytes = begun.key.len() + value.map_or(0, Vec::len);
         keys.bytes += bytes;
-        if begun.goal == Goal::Mend {
+        if matches!(begun.goal, Goal::Mend(_)) {
             keys.mending.insert(id, (begun.namespace, begun.key.clone()));
         }
         let operation = Operation {
@@ -493,13 +493,14 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             && replication.keys.mending.len() < MENDING_MAX
         {
             let keys = &replication.keys;
-            let Some((token, namespace, key)) = keys.wanted.borrow_mut().take() else { break };
+            let wanted = keys.wanted.borrow_mut().take();
+            let Some(((token, namespace, key), late)) = wanted else { break };
             if keys.mending.values().any(|(other, name)| *other == namespace && *name == key) {
                 continue;
             }
             worked = true;
             self.metrics.borrow_mut().counters.keys_mended += 1;
-            let (goal, write) = (Goal::Mend, None);
+            let (goal, write) = (Goal::Mend(late), None);
             let begun = Begun { token, namespace, key, goal, write, needed: 0 };
             self.begin_key(begun, OperationFlags::default(), deadline, None);
         }

@@ -5,12 +5,12 @@
 //! lost its disk has promised nothing, and takes all.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use annulus_cluster::keys::Promises;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{NamespaceId, RecordRef, Token};
+use annulus_engine::model::{NamespaceId, RecordRef, Timestamp, Token};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
 
@@ -19,25 +19,28 @@ const WANTED_MAX: usize = 1024;
 
 type Key = (Token, NamespaceId, Vec<u8>);
 
-/// Keys to be mended, each once.
+/// Keys to be mended, each once, with the stamp of the newest record that came late.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
     line: VecDeque<Key>,
-    known: BTreeSet<Key>,
+    known: BTreeMap<Key, Timestamp>,
 }
 
 impl Wanted {
     fn push(&mut self, record: &RecordRef<'_>) {
         let key = (record.token, record.namespace, record.key.to_vec());
-        if self.line.len() < WANTED_MAX && self.known.insert(key.clone()) {
+        if let Some(late) = self.known.get_mut(&key) {
+            *late = record.timestamp.max(*late);
+        } else if self.line.len() < WANTED_MAX {
+            self.known.insert(key.clone(), record.timestamp);
             self.line.push_back(key);
         }
     }
 
-    pub(super) fn take(&mut self) -> Option<Key> {
+    pub(super) fn take(&mut self) -> Option<(Key, Timestamp)> {
         let key = self.line.pop_front()?;
-        self.known.remove(&key);
-        Some(key)
+        let late = self.known.remove(&key)?;
+        Some((key, late))
     }
 }
 

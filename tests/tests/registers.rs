@@ -72,6 +72,8 @@ fn a_counter_raised_through_all_nodes_counts_every_acknowledged_raise_though_one
     eventually("the homes have founded their registers", KNOWN, || {
         (1..=3).all(|node| nodes.cli(node, &["put", "begun", "1", "--ns", "counts"]).code == 0)
     });
+    // What is no register goes its own way beside them.
+    let _ = nodes.cli(1, &["put", "plain", "1", "--w", "all"]).expect_code(0);
     let clients: Vec<BlockingNamespace> = (1..=3)
         .flat_map(|node| (0..CLIENTS).map(move |_| node))
         .map(|node| nodes.namespace(node, "counts"))

@@ -47,7 +47,8 @@ pub(super) use late::LateRecords;
 use late::Wanted;
 pub(in crate::pump) use serve::KeyRead;
 
-/// Marks the numbers of these operations among those of all that homes are asked.
+/// Marks the numbers of these operations among those of all that homes are asked: the coordinator's
+/// leave it out.
 const KEY_ID: u64 = 1 << 63;
 /// Most operations of a shard, and most bytes of their keys and values.
 const OPERATIONS_MAX: usize = 8 << 10;

@@ -5,6 +5,8 @@
 //! cargo run --release -p annulus-cluster --example placement -- NODES PARTITION_BITS RACKS
 //! ```
 
+#![expect(clippy::disallowed_methods, reason = "it measures how long something takes")]
+
 use std::collections::BTreeMap;
 use std::time::Instant;
 

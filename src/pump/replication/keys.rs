@@ -195,14 +195,16 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let is_fit = homes.contains(&own)
             && self.shard.is_founded(partition)
             && !self.shard.is_unknown(token);
-        // Whoever is first proposes for all, so that they wait in line instead of contending.
+        // Whoever is first proposes for all, so that they wait in line instead of contending. A read
+        // mostly proposes nothing, and any home can ask the others.
         let health = replication.coordinator.health();
         let first = homes.iter().copied().find(|home| match *home == own {
             true => is_fit,
             false => health.is_healthy(*home),
         });
         let other = homes.iter().copied().find(|home| *home != own && health.is_healthy(*home));
-        let to = if is_fit && hops > 0 { Some(own) } else { first.or(other) };
+        let is_here = is_fit && (hops > 0 || matches!(request, Request::Get(_)));
+        let to = if is_here { Some(own) } else { first.or(other) };
         match to {
             Some(home) if home != own && hops < FORWARD_HOPS_MAX => {
                 let mut body = Vec::with_capacity(request.size());

@@ -43,6 +43,11 @@ const STEP_NANOS: u64 = 500_000_000;
 const STEP_DEADLINE_NANOS: u64 = 3_000_000_000;
 /// Soonest next telling of the settings to a node that works by an old map, in nanoseconds.
 const TELL_NANOS: u64 = 50_000_000;
+/// How long after its start the node that plans reads the register, and how often from then on, in
+/// nanoseconds. What a majority has accepted may be known to nobody after all have crashed, and would
+/// come to light with the next change only.
+const FIRST_READ_NANOS: u64 = 2_000_000_000;
+const READ_NANOS: u64 = 20_000_000_000;
 /// The shard that plans.
 const SPEAKER: u32 = 0;
 
@@ -74,6 +79,8 @@ pub(super) struct Moves {
     next_report: Instant,
     next_step: Instant,
     next_telling: Instant,
+    /// On the speaker: when the register is read next, if this node is the one that plans.
+    next_read: Instant,
 }
 
 impl Moves {
@@ -90,6 +97,7 @@ impl Moves {
             next_report: now,
             next_step: now,
             next_telling: now,
+            next_read: now.after_nanos(FIRST_READ_NANOS),
         }
     }
 }
@@ -167,6 +175,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
     /// Does what is due.
     pub(super) fn moves_turn(&mut self) {
         self.confirm_map();
+        self.read_register();
         let now = self.now;
         let Some(map) = self.catalogue.map().filter(|map| !map.is_settled()) else { return };
         let Some(replication) = &self.replication else { return };
@@ -323,6 +332,31 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         standings
     }
 
+    /// Asks the holders whether there is a newer map than is known here, which is then taken over.
+    fn read_register(&mut self) {
+        let now = self.now;
+        let Some(replication) = &mut self.replication else { return };
+        if self.map.own() != SPEAKER || now < replication.moves.next_read {
+            return;
+        }
+        replication.moves.next_read = now.after_nanos(READ_NANOS);
+        if replication.planner() != Some(replication.topology.own()) {
+            return;
+        }
+        // A step to the map that is known changes nothing.
+        if let Some(known) = self.catalogue.map().map(Step::to) {
+            self.submit_step(&known);
+        }
+    }
+
+    fn submit_step(&mut self, step: &Step) {
+        let Ok(arguments) = serde_json::to_string(step) else { return };
+        // Nobody waits: what comes of it shows in the map.
+        let (tell, _) = oneshot::channel();
+        let deadline = self.now.after_nanos(STEP_DEADLINE_NANOS);
+        self.change_namespaces(Origin::Task(tell), deadline, STEP, &arguments);
+    }
+
     /// Plans the next step, and has the register take it.
     fn plan_step(&mut self) {
         let now = self.now;
@@ -342,11 +376,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             return;
         };
         replication.moves.next_step = now.after_nanos(STEP_NANOS);
-        let Ok(arguments) = serde_json::to_string(&Step::to(&step)) else { return };
-        // Nobody waits: what comes of it shows in the map.
-        let (tell, _) = oneshot::channel();
-        let deadline = now.after_nanos(STEP_DEADLINE_NANOS);
-        self.change_namespaces(Origin::Task(tell), deadline, STEP, &arguments);
+        self.submit_step(&Step::to(&step));
     }
 
     /// Where this shard stands, for people.

@@ -358,6 +358,11 @@ impl ClusterStory {
         for violation in violations.iter().take(8) {
             text.push_str(&format!("{violation}\n"));
         }
+        let ClusterOptions { nodes, shards, replicas, durability, disk_nanos_max, .. } = self.options;
+        text.push_str(&format!(
+            "{nodes} nodes of {shards} shards, {replicas} copies, {durability:?}, disks of up to {} us\n",
+            disk_nanos_max / 1000
+        ));
         text.push_str("what happened:\n");
         for (at, what) in cluster.diary() {
             text.push_str(&format!("{:>12} us {what}\n", at.0 / 1000));

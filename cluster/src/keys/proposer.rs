@@ -701,7 +701,7 @@ mod tests {
     #[test]
     fn a_late_head_does_not_answer_a_question_for_the_value() {
         let homes = [NodeId(1), NodeId(2), NodeId(3)];
-        let mut op = KeyOp::new(NodeId(1), &homes, Goal::Read, 0, Instant(u64::MAX), 7);
+        let mut op = KeyOp::new(NodeId(1), &[&homes], Goal::Read, 0, Instant(u64::MAX), 7);
         let mut out = Vec::new();
         op.begin(&mut out);
         let zero = Timestamp::ZERO;

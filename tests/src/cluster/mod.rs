@@ -217,9 +217,11 @@ impl SimCluster {
         let window_nanos = match options.durability {
             Durability::Sync => 0,
             // The disk takes its time: for the write, for a sync that is under way when the window
-            // has passed, and for the one after it; each of two segments at most.
+            // has passed, and for the one after it; each of two segments at most. The segments of
+            // stories are tiny, and what comes in while one is made, which takes six operations, may
+            // fill it and have to wait for the next (members 1493).
             Durability::Periodic { window_ms } => {
-                (window_ms + 100) * 1_000_000 + 5 * options.disk_nanos_max
+                (window_ms + 100) * 1_000_000 + (5 + 2 * 6) * options.disk_nanos_max
             }
         };
         let rules = |mode| Rules {

@@ -358,7 +358,8 @@ impl ClusterStory {
         for violation in violations.iter().take(8) {
             text.push_str(&format!("{violation}\n"));
         }
-        let ClusterOptions { nodes, shards, replicas, durability, disk_nanos_max, .. } = self.options;
+        let ClusterOptions { nodes, shards, replicas, durability, disk_nanos_max, .. } =
+            self.options;
         text.push_str(&format!(
             "{nodes} nodes of {shards} shards, {replicas} copies, {durability:?}, disks of up to {} us\n",
             disk_nanos_max / 1000

@@ -158,7 +158,10 @@ fn a_damaged_block_is_never_absent_and_is_filled_again() {
         record(&cluster, 1, SIBLINGS, index);
     }
     assert!(counter(&cluster, "ranges_refilled") > 0);
-    assert!(counter(&cluster, "refilled_records") >= unreadable as u64);
+    // One that was missed before, and was being fetched, comes by that way.
+    let refilled = counter(&cluster, "refilled_records");
+    let synced = counter(&cluster, "synced_records");
+    assert!(refilled > 0 && refilled + synced >= unreadable as u64, "{refilled}, {synced}");
     compare(&mut cluster);
     assert_eq!(counter(&cluster, "repair_faults"), 0);
 }

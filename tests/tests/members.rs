@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use annulus_net::client::{BlockingClient, BlockingNamespace, ClientOptions};
+use annulus_net::client::{BlockingClient, BlockingNamespace, ClientOptions, Error};
 use annulus_tests::nodes::free_ports;
 use annulus_tests::server::{Server, Setup, eventually, scratch};
 use serde_json::Value;
@@ -49,6 +49,17 @@ fn is_settled(server: &Server, members: usize) -> bool {
         && rows.iter().all(|row| row["state"] == "up")
 }
 
+/// A read; again for a while if it was not started: a node that has just left says so.
+fn read(store: &BlockingNamespace, name: &str) -> Option<Vec<u8>> {
+    for _ in 0..100 {
+        match store.get(name.as_bytes()) {
+            Err(Error::NotStarted { .. }) => thread::sleep(Duration::from_millis(50)),
+            found => return found.unwrap(),
+        }
+    }
+    panic!("{name} is not read");
+}
+
 #[test]
 fn a_node_joins_by_one_address_and_another_leaves_while_all_is_used() {
     let dir = scratch();
@@ -76,7 +87,7 @@ fn a_node_joins_by_one_address_and_another_leaves_while_all_is_used() {
                     // What may be applied is written again in the next round.
                     if store.put(name.as_bytes(), value.as_bytes()).is_ok() {
                         written.fetch_add(1, Ordering::Relaxed);
-                        let found = store.get(name.as_bytes()).unwrap();
+                        let found = read(&store, &name);
                         assert_eq!(found, Some(value.into_bytes()), "{name}");
                     }
                 }

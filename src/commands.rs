@@ -296,8 +296,8 @@ pub struct NodeRow {
     pub dc: String,
     /// Its rack.
     pub rack: String,
-    /// `up`, `draining`; `joining`, `leaving`, `replaced` while members change; `unreachable`: not from the node that was asked, but from another;
-    /// `down`: from none of those that answered.
+    /// `up`, `draining`; `joining`, `leaving`, `replaced` while members change; `unreachable`: not
+    /// from the node that was asked, but from another; `down`: from none of those that answered.
     pub state: String,
     /// Its share of the data.
     pub weight: u32,

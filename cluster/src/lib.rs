@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod chance;
 pub mod coordinator;
 pub mod keys;
 pub mod member;

@@ -290,19 +290,16 @@ impl Topology {
     #[must_use]
     pub fn holders(&self, partition: PartitionId) -> Vec<NodeId> {
         let place = self.place(partition);
+        if place.stage == Stage::Prepared
+            && let Some(old) = self.moves_here_from(partition)
+        {
+            // To those who have to have what it keeps: neither other new owners, which begin with
+            // nothing, nor who is replaced.
+            return old;
+        }
         let mut holders = self.homes_on(partition, place.at);
         if place.stage != Stage::Settled {
-            let new = self.homes_on(partition, place.to);
-            let is_preparing = place.stage == Stage::Prepared
-                && !holders.contains(&self.own)
-                && new.contains(&self.own);
-            if is_preparing {
-                // To those who have to have what it keeps: neither other new owners, which begin
-                // with nothing, nor who is replaced.
-                holders.retain(|node| !self.replaced.contains(node));
-                return holders;
-            }
-            holders.extend(new);
+            holders.extend(self.homes_on(partition, place.to));
             holders.sort_unstable();
             holders.dedup();
         }

@@ -114,14 +114,19 @@ pub struct Shared {
 pub struct Moves {
     /// Of the map; 0 where members never change.
     pub generation: u32,
-    /// Whether the members are not those that the cluster was made of. Then a holder may have been
-    /// another's before, whose writes `as_of` must wait for as well.
-    pub have_changed: bool,
     /// The generation of the map in which a member was last removed; 0: never.
     pub removed_at: u32,
     /// The old homes of partitions that this node is a new owner of: only from them it takes what
     /// it lacks.
     pub here_from: BTreeMap<PartitionId, Vec<NodeId>>,
+}
+
+impl Moves {
+    /// Whether the members are not those that the cluster was made of. Then a holder may have been
+    /// another's before, whose writes `as_of` must wait for as well.
+    fn have_changed(&self) -> bool {
+        self.generation > 1
+    }
 }
 
 impl Shared {
@@ -138,7 +143,6 @@ impl Shared {
             first: partitions.peek().copied().unwrap_or_default(),
             moves: Moves {
                 generation: topology.generation(),
-                have_changed: topology.generation() > 1,
                 removed_at: topology.removed_at(),
                 here_from: partitions
                     .clone()

@@ -16,6 +16,7 @@
 use annulus_engine::model::{Instant, Timestamp, WallMicros};
 
 use super::{Shown, Version};
+use crate::chance::Chance;
 use crate::coordinator::Moment;
 use crate::member::NodeId;
 use crate::message::Want;
@@ -183,7 +184,7 @@ pub struct KeyOp {
     /// Values are asked for as well: something may have to be put again.
     want_whole: bool,
     answered: u8,
-    chance: u64,
+    chance: Chance,
     #[cfg(test)]
     forgets: bool,
 }
@@ -225,7 +226,7 @@ impl KeyOp {
             conflicts: 0,
             want_whole: matches!(goal, Goal::Mend(_)),
             answered: 0,
-            chance: seed,
+            chance: Chance::new(seed),
             #[cfg(test)]
             forgets: false,
         }
@@ -642,7 +643,7 @@ impl KeyOp {
     fn pause(&mut self, moment: Moment) {
         let most = (PAUSE_NANOS << self.conflicts.min(10)).min(PAUSE_NANOS_MAX);
         self.conflicts += 1;
-        let nanos = self.draw(most);
+        let nanos = self.chance.up_to(most);
         self.phase = Phase::Pausing(moment.now.after_nanos(nanos));
     }
 
@@ -667,15 +668,6 @@ impl KeyOp {
     fn end(&mut self, ended: Ended, out: &mut Vec<Step>) {
         self.phase = Phase::Over;
         out.push(Step::End(ended));
-    }
-
-    /// A number from 0 to `most`: SplitMix64 (Steele, Lea, Flood, 2014).
-    fn draw(&mut self, most: u64) -> u64 {
-        self.chance = self.chance.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.chance;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % most.saturating_add(1)
     }
 }
 

@@ -18,7 +18,6 @@
 //! a node that misses answers which others should have given is slow itself, so it waits longer
 //! and accuses less), heartbeat counters, and the rule of two reporters.
 
-mod chance;
 mod dissemination;
 mod gossip;
 mod member;
@@ -30,7 +29,7 @@ mod tests;
 
 use annulus_engine::model::Instant;
 
-pub use chance::Chance;
+pub use crate::chance::Chance;
 pub use member::Status;
 
 use crate::coordinator::Moment;

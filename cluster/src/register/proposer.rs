@@ -24,6 +24,7 @@ use super::acceptor::{AcceptResult, PrepareResult};
 use super::ballot::{Ballot, BallotSource};
 use super::holders::majority;
 use super::state::{State, Trace};
+use crate::chance::Chance;
 use crate::coordinator::Moment;
 use crate::member::NodeId;
 
@@ -186,7 +187,7 @@ pub struct Proposer<C: Change> {
     pub(super) quorum: Option<usize>,
     source: BallotSource,
     options: ProposerOptions,
-    chance: u64,
+    chance: Chance,
     queue: VecDeque<Pending<C>>,
     /// Of the first in line.
     round: Option<Round<C::Reply>>,
@@ -218,7 +219,7 @@ impl<C: Change> Proposer<C> {
             acceptors,
             source,
             options,
-            chance: seed,
+            chance: Chance::new(seed),
             queue: VecDeque::new(),
             round: None,
             promised: None,
@@ -550,7 +551,7 @@ impl<C: Change> Proposer<C> {
         let most = self.options.back_off_nanos << pending.conflicts.min(16);
         pending.conflicts += 1;
         let most = most.min(self.options.back_off_nanos_max);
-        self.waits_until = Some(now.after_nanos(self.draw(most)));
+        self.waits_until = Some(now.after_nanos(self.chance.up_to(most)));
     }
 
     /// Who is past his deadline is answered, the first in line by what was begun for him.
@@ -582,14 +583,5 @@ impl<C: Change> Proposer<C> {
         if let (Some(round), Some(pending)) = (&self.round, self.queue.front_mut()) {
             pending.answered = pending.answered.max(round.agreed.len() + round.refused.len());
         }
-    }
-
-    /// A number from 0 to `most`: SplitMix64 (Steele, Lea, Flood, 2014).
-    fn draw(&mut self, most: u64) -> u64 {
-        self.chance = self.chance.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.chance;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % most.saturating_add(1)
     }
 }

@@ -86,7 +86,7 @@ impl Tracking {
     /// every one acknowledged with PW >= 1. For the answer to a read.
     #[must_use]
     pub fn as_of(&self, partition: PartitionId, replica: &impl Replica) -> Timestamp {
-        if self.shared.moves.have_changed {
+        if self.shared.moves.have_changed() {
             // A holder of before may have acknowledged what the holders of now do not know of.
             return self.complete(partition, replica);
         }

@@ -67,6 +67,49 @@ impl Replica for Node {
     }
 }
 
+/// A replica of many partitions: of these sets, and of what the node has seen in all others.
+struct Many {
+    sets: Vec<Rc<SeenSet>>,
+    changed: Vec<PartitionId>,
+    node: Node,
+}
+
+impl Many {
+    fn new(sets: Vec<Rc<SeenSet>>) -> Many {
+        Many { sets, changed: Vec::new(), node: Node::new() }
+    }
+}
+
+impl Replica for Many {
+    fn seen(&self, partition: PartitionId) -> Rc<SeenSet> {
+        Rc::clone(self.sets.get(partition.0 as usize).unwrap_or(&self.node.seen))
+    }
+    fn take_changed(&mut self) -> Vec<PartitionId> {
+        self.changed.clone()
+    }
+    fn clock(&self) -> Timestamp {
+        self.node.clock()
+    }
+    fn lost_after(&self) -> Option<Timestamp> {
+        self.node.lost_after()
+    }
+    fn has_gap(&self, partition: PartitionId) -> bool {
+        self.node.has_gap(partition)
+    }
+    fn is_busy(&self, partition: PartitionId) -> bool {
+        self.node.is_busy(partition)
+    }
+    fn appended(&self) -> u64 {
+        self.node.appended()
+    }
+    fn visible(&self) -> u64 {
+        self.node.visible()
+    }
+    fn durable(&self) -> u64 {
+        self.node.durable()
+    }
+}
+
 /// A message on its way, owned.
 #[derive(Clone)]
 struct Sent {
@@ -243,37 +286,8 @@ fn a_write_missed_for_longer_than_the_grace_is_synced_from_its_origin() {
 
 #[test]
 fn the_more_a_round_has_to_say_the_longer_the_next_one_waits() {
-    struct Many(Node);
-    impl Replica for Many {
-        fn seen(&self, _: PartitionId) -> Rc<SeenSet> {
-            self.0.seen(P)
-        }
-        fn take_changed(&mut self) -> Vec<PartitionId> {
-            (0..4096).map(PartitionId).collect()
-        }
-        fn clock(&self) -> Timestamp {
-            self.0.clock()
-        }
-        fn lost_after(&self) -> Option<Timestamp> {
-            None
-        }
-        fn has_gap(&self, _: PartitionId) -> bool {
-            false
-        }
-        fn is_busy(&self, _: PartitionId) -> bool {
-            false
-        }
-        fn appended(&self) -> u64 {
-            self.0.appended()
-        }
-        fn visible(&self) -> u64 {
-            self.0.visible()
-        }
-        fn durable(&self) -> u64 {
-            self.0.durable()
-        }
-    }
-    let mut replica = Many(Node::new());
+    let mut replica = Many::new(Vec::new());
+    replica.changed = (0..4096).map(PartitionId).collect();
     let holders = vec![vec![NodeId(1), NodeId(2)]; 4096];
     let shared = Shared { partition_bits: 12, holders, ..shared(2, 2) };
     let mut tracking = Tracking::new(NodeId(1), 1, Options::default(), shared);
@@ -281,7 +295,7 @@ fn the_more_a_round_has_to_say_the_longer_the_next_one_waits() {
     let (mut lines, mut sequence) = (0, 0);
     for millis in 0..10_000 {
         sequence += 1;
-        replica.0.see(1, sequence);
+        replica.node.see(1, sequence);
         tracking.poll(Instant(millis * MS), &mut replica, &mut |_, message| {
             if let PeerMessage::Track { entries, .. } = message {
                 lines += entries.len();
@@ -405,36 +419,6 @@ fn a_large_state_travels_in_messages_of_bounded_size() {
         };
         Tracking::new(NodeId(own), 1, Options::default(), shared)
     };
-    struct Many(Vec<Rc<SeenSet>>, Node);
-    impl Replica for Many {
-        fn seen(&self, partition: PartitionId) -> Rc<SeenSet> {
-            Rc::clone(&self.0[partition.0 as usize])
-        }
-        fn take_changed(&mut self) -> Vec<PartitionId> {
-            vec![]
-        }
-        fn clock(&self) -> Timestamp {
-            self.1.clock()
-        }
-        fn lost_after(&self) -> Option<Timestamp> {
-            None
-        }
-        fn has_gap(&self, _: PartitionId) -> bool {
-            false
-        }
-        fn is_busy(&self, _: PartitionId) -> bool {
-            false
-        }
-        fn appended(&self) -> u64 {
-            0
-        }
-        fn visible(&self) -> u64 {
-            0
-        }
-        fn durable(&self) -> u64 {
-            0
-        }
-    }
     let mut sets: Vec<Rc<SeenSet>> = (0..count).map(|_| Rc::default()).collect();
     for (at, set) in sets.iter_mut().enumerate() {
         // Holes, so that a set is some hundred bytes; the first has far too many.
@@ -443,9 +427,9 @@ fn a_large_state_travels_in_messages_of_bounded_size() {
             Rc::make_mut(set).see(dot, Timestamp(run));
         }
     }
-    let mut sender = (Many(sets.clone(), Node::new()), shared(1));
+    let mut sender = (Many::new(sets.clone()), shared(1));
     let empty = (0..count).map(|_| Rc::default()).collect();
-    let mut receiver = (Many(empty, Node::new()), shared(2));
+    let mut receiver = (Many::new(empty), shared(2));
     let now = Instant(0);
     let mut wire = Vec::new();
     for _ in 0..100 {

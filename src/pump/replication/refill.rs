@@ -256,7 +256,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));
         let page = Page {
             late: replication.keys.late(),
-            bits: self.map.partition_bits(),
             shard: self.shard.clone(),
             runtime: self.runtime.clone(),
             range: filling.range,
@@ -365,7 +364,6 @@ fn key_of(record: &RecordRef<'_>) -> Key {
 /// A page of the helper, and what is needed to merge it.
 struct Page<D: Disk, R: Runtime> {
     late: LateRecords,
-    bits: u32,
     shard: Shard<D, R>,
     runtime: R,
     range: TokenRange,
@@ -489,11 +487,8 @@ impl<D: Disk, R: Runtime> Page<D, R> {
         if found.is_some_and(|found| found.as_ref().version() >= record.version()) {
             return Ok(MergedIn::Duplicate);
         }
-        if !self.late.may_merge(&self.shard, self.bits, record) {
-            return Err(Error::Busy { what: "a register is being settled" });
-        }
-        let lsn = self.shard.merge_again(record, self.runtime.wall())?;
-        self.late.merged(record);
-        Ok(MergedIn::Applied(lsn))
+        let merged = self.late.merge(&self.shard, record, self.runtime.wall())?;
+        let busy = Error::Busy { what: "a register is being settled" };
+        merged.map(MergedIn::Applied).ok_or(busy)
     }
 }

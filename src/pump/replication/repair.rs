@@ -587,7 +587,6 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
             .collect();
         let merge = MergeAgain {
             late: replication.keys.late(),
-            bits: self.map.partition_bits(),
             shard: self.shard.clone(),
             runtime: self.runtime.clone(),
             partition,
@@ -725,7 +724,6 @@ fn add_status(sum: &mut RepairStatus, other: &RepairStatus) {
 /// A page of records to be merged although their writes are seen.
 struct MergeAgain<D: Disk, R: Runtime> {
     late: LateRecords,
-    bits: u32,
     shard: Shard<D, R>,
     runtime: R,
     partition: PartitionId,
@@ -785,15 +783,11 @@ impl<D: Disk, R: Runtime> MergeAgain<D, R> {
         if !is_wanted || !is_current() {
             return Ok(None);
         }
-        if *mode != Mode::Linearizable {
-            return self.shard.merge_again(record, self.runtime.wall()).map(Some);
+        let wall = self.runtime.wall();
+        match mode {
+            Mode::Linearizable => self.late.merge(&self.shard, record, wall),
+            Mode::Lww | Mode::Siblings => self.shard.merge_again(record, wall).map(Some),
         }
-        if !self.late.may_merge(&self.shard, self.bits, record) {
-            return Ok(None);
-        }
-        let lsn = self.shard.merge_again(record, self.runtime.wall())?;
-        self.late.merged(record);
-        Ok(Some(lsn))
     }
 
     /// Whether of two contents of one version the other is to stand.

@@ -247,7 +247,7 @@ impl<D: Disk, R: Runtime> Pump<D, R> {
         let next = next.map(|(token, namespace, key)| (token, namespace, key.to_vec()));
         let modes: Vec<(NamespaceId, Mode)> =
             self.catalogue.iter().map(|namespace| (namespace.id, namespace.mode)).collect();
-        let late = (replication.keys.late(), self.map.partition_bits());
+        let late = replication.keys.late();
         let (shard, runtime, raw) = (self.shard.clone(), self.runtime.clone(), raw.to_vec());
         self.spawn(async move {
             let mut page = MergedPage { last: Lsn(0), merged: 0, is_spoiled: false, next };
@@ -321,7 +321,7 @@ async fn merge_page<D: Disk, R: Runtime>(
     runtime: &R,
     raw: &[u8],
     modes: &[(NamespaceId, Mode)],
-    late: &(LateRecords, u32),
+    late: &LateRecords,
     page: &mut MergedPage,
 ) -> Result<(), Error> {
     let Ok(PeerMessage::SyncPage { records, .. }) = PeerMessage::decode(raw) else {
@@ -360,7 +360,7 @@ async fn merge_page<D: Disk, R: Runtime>(
 async fn merge_register<D: Disk, R: Runtime>(
     shard: &Shard<D, R>,
     runtime: &R,
-    (late, bits): &(LateRecords, u32),
+    late: &LateRecords,
     record: &RecordRef<'_>,
     page: &mut MergedPage,
 ) -> Result<MergedIn, Error> {
@@ -372,11 +372,11 @@ async fn merge_register<D: Disk, R: Runtime>(
         Ok(_) | Err(Error::Corrupt { .. }) => {}
         Err(error) => return Err(error),
     }
-    if !late.may_merge(shard, *bits, record) {
-        page.is_spoiled = true;
-        return Ok(MergedIn::Duplicate);
+    match late.merge(shard, record, runtime.wall())? {
+        Some(lsn) => Ok(MergedIn::Applied(lsn)),
+        None => {
+            page.is_spoiled = true;
+            Ok(MergedIn::Duplicate)
+        }
     }
-    let lsn = shard.merge_again(record, runtime.wall())?;
-    late.merged(record);
-    Ok(MergedIn::Applied(lsn))
 }

@@ -9,8 +9,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use annulus_cluster::keys::Promises;
+use annulus_engine::Result;
 use annulus_engine::disk::Disk;
-use annulus_engine::model::{NamespaceId, RecordRef, Timestamp, Token};
+use annulus_engine::log::Lsn;
+use annulus_engine::model::{NamespaceId, RecordRef, Timestamp, Token, WallMicros};
 use annulus_engine::runtime::Runtime;
 use annulus_engine::shard::Shard;
 
@@ -59,24 +61,26 @@ impl LateRecords {
         LateRecords { promises: Rc::clone(promises), wanted: Rc::clone(wanted) }
     }
 
-    /// Whether a record of a linearizable namespace may be merged; else its key will be mended.
-    /// Nothing may be awaited before the merge.
-    pub(in crate::pump::replication) fn may_merge<D: Disk, R: Runtime>(
+    /// Merges a record of a linearizable namespace, if it may be; else its key will be mended, and
+    /// there is `None`.
+    ///
+    /// # Errors
+    /// As [`Shard::merge_again`].
+    pub(in crate::pump::replication) fn merge<D: Disk, R: Runtime>(
         &self,
         shard: &Shard<D, R>,
-        partition_bits: u32,
         record: &RecordRef<'_>,
-    ) -> bool {
+        wall: WallMicros,
+    ) -> Result<Option<Lsn>> {
+        let partition = record.token.partition(shard.identity().partition_bits);
         let is_allowed = self.promises.borrow().may_merge(record.token, record.timestamp)
-            || !shard.is_founded(record.token.partition(partition_bits));
+            || !shard.is_founded(partition);
         if !is_allowed {
             self.wanted.borrow_mut().push(record);
+            return Ok(None);
         }
-        is_allowed
-    }
-
-    /// The log has the record.
-    pub(in crate::pump::replication) fn merged(&self, record: &RecordRef<'_>) {
+        let lsn = shard.merge_again(record, wall)?;
         self.promises.borrow_mut().merged(record.token, record.timestamp);
+        Ok(Some(lsn))
     }
 }

@@ -1,5 +1,5 @@
-//! The seeded generator that a membership machine is given: whom it probes next, whom it asks,
-//! whom it tells.
+//! The seeded generator that machines are given: whom a member probes next and whom it tells, how
+//! long a proposer pauses.
 //!
 //! Invariant: equal seeds give equal sequences. `SplitMix64` (Steele, Lea, Flood, "Fast splittable
 //! pseudorandom number generators", 2014); not for secrets.
@@ -24,19 +24,24 @@ impl Chance {
     }
 
     /// A number below `bound`, which is at least 1.
-    pub(super) fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         // The bias of the high multiply is below 2^-30 for every bound used here.
         let wide = u128::from(self.next()) * u128::from(bound);
         u64::try_from(wide >> 64).expect("below the bound")
     }
 
+    /// A number from 0 to `most`.
+    pub(crate) fn up_to(&mut self, most: u64) -> u64 {
+        self.next() % most.saturating_add(1)
+    }
+
     /// An index into something with `len` elements, at least one.
-    pub(super) fn index(&mut self, len: usize) -> usize {
+    pub(crate) fn index(&mut self, len: usize) -> usize {
         usize::try_from(self.below(len as u64)).expect("below a length")
     }
 
     /// Any order of the elements, each as likely.
-    pub(super) fn shuffle<T>(&mut self, elements: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, elements: &mut [T]) {
         for end in (1..elements.len()).rev() {
             elements.swap(end, self.index(end + 1));
         }
